@@ -1,0 +1,1 @@
+"""Hooks into agent frameworks: one module each, found through entry points."""

@@ -1,0 +1,1 @@
+"""Scepsy's optimizer: pure values in, pure values out."""

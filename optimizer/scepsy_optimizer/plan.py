@@ -1,0 +1,102 @@
+"""The plan: which LLM runs where and how, what it is predicted to give, and where the prediction came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from scepsy_optimizer.cluster import Cluster
+from scepsy_optimizer.errors import ScepsyError
+
+FORMAT = "scepsy-plan/1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slot:
+    """Where one replica sits: devices of one node, in the order of its tensor-parallel ranks."""
+
+    node: str
+    devices: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LLMPlan:
+    """One LLM's part of a plan: `replicas` equal replicas, one slot each.
+
+    `predicted_call_s` is the mean time of one call, `utilisation` the load as a part of saturation, `share` the LLM's
+    part of the LLM execution time in the traces.
+    """
+
+    llm: str
+    model: str
+    tensor_parallel_size: int
+    fraction: float
+    replicas: int
+    slots: tuple[Slot, ...]
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    gpu_memory_utilization: float
+    rate_rps: float = 0.0
+    predicted_call_s: float = 0.0
+    utilisation: float = 0.0
+    share: float = 0.0
+
+    @property
+    def device_count(self) -> float:
+        """Devices that all its replicas take together."""
+        return self.replicas * self.tensor_parallel_size * self.fraction
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What the plan is expected to give at its rate.
+
+    `lower_bound_s` is a proven bound on the mean latency of every allocation of this cluster under the same model, and
+    `gap` the relative distance of `latency_s` to it. `max_rate_rps` is the rate at which the bottleneck reaches the
+    highest utilisation that is planned for. `tool_s` is the part of the latency that no LLM spends.
+    """
+
+    latency_s: float
+    max_rate_rps: float
+    bottleneck: str
+    lower_bound_s: float
+    gap: float
+    tool_s: float
+    workflow_latency_s: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Allocation, placement and prediction for one cluster at one rate of executions."""
+
+    cluster: Cluster
+    rate_rps: float
+    llms: tuple[LLMPlan, ...]
+    prediction: Prediction | None = None
+    provenance: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = [part.llm for part in self.llms]
+        if len(set(names)) != len(names):
+            raise ScepsyError(f"plan: each LLM may appear once, got {', '.join(names)}")
+        for part in self.llms:
+            if len(part.slots) != part.replicas:
+                raise ScepsyError(f"plan: {part.llm!r} has {part.replicas} replicas but {len(part.slots)} slots")
+            if not 0 < part.fraction <= 1:
+                raise ScepsyError(
+                    f"plan: {part.llm!r} has fraction {part.fraction:g}; it must be above 0 and at most 1"
+                )
+            for slot in part.slots:
+                if len(slot.devices) != part.tensor_parallel_size:
+                    raise ScepsyError(
+                        f"plan: {part.llm!r} has tensor_parallel_size {part.tensor_parallel_size} "
+                        f"but a slot with devices {list(slot.devices)}"
+                    )
+
+    def part(self, llm: str) -> LLMPlan:
+        """The part of one LLM. Raises ScepsyError if the plan has no such LLM."""
+        for part in self.llms:
+            if part.llm == llm:
+                return part
+        raise ScepsyError(f"plan: no LLM {llm!r}; it has {', '.join(part.llm for part in self.llms)}")

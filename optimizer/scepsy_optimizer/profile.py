@@ -1,0 +1,193 @@
+"""Profiles: how fast an LLM's engine steps are on a device, per tensor parallelism and device fraction."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from scepsy_optimizer.errors import ScepsyError
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTimes:
+    """Engine step times at one tensor parallelism on whole devices.
+
+    `decode_s[i][j]` is the time of one decode step with `batch_sizes[i]` sequences whose mean context is
+    `context_tokens[j]`; `prefill_s[k]` the time of one step that computes `prefill_tokens[k]` new prompt tokens and
+    nothing else. All grids ascend and all times are monotone in their grids. Memory is per device.
+    """
+
+    tensor_parallel_size: int
+    batch_sizes: tuple[int, ...]
+    context_tokens: tuple[int, ...]
+    decode_s: tuple[tuple[float, ...], ...]
+    prefill_tokens: tuple[int, ...]
+    prefill_s: tuple[float, ...]
+    weights_gib: float
+    overhead_gib: float
+    kv_bytes_per_token: float
+
+    def __post_init__(self) -> None:
+        where = f"step times at tensor_parallel_size {self.tensor_parallel_size}"
+        for name in ("batch_sizes", "context_tokens", "prefill_tokens"):
+            grid = getattr(self, name)
+            if not grid or list(grid) != sorted(set(grid)) or grid[0] < 1:
+                raise ScepsyError(f"{where}: {name} must be ascending positive integers")
+        if [len(row) for row in self.decode_s] != [len(self.context_tokens)] * len(self.batch_sizes):
+            raise ScepsyError(f"{where}: decode_s must have one row per batch size and one column per context length")
+        if len(self.prefill_s) != len(self.prefill_tokens):
+            raise ScepsyError(f"{where}: prefill_s must have one entry per prefill_tokens")
+        columns = [*self.decode_s, *zip(*self.decode_s, strict=True), self.prefill_s]
+        if any(list(column) != sorted(column) or column[0] <= 0 for column in columns):
+            raise ScepsyError(f"{where}: times must be positive and never fall with batch, context or tokens")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FractionSlowdown:
+    """How a device fraction f below one slows a step: 1 + beta (1/f - 1), a beta for each phase.
+
+    The defaults are fits to published measurements of SM shares under MPS (docs/design.md). `decode_beta` grows
+    linearly in the batch from `decode_beta` at `small_batch` to `decode_beta_large` at `large_batch`. Betas of 1 are
+    the pessimistic 1/f, which is also what MIG and CPU quotas do.
+    """
+
+    prefill_beta: float = 0.69
+    decode_beta: float = 0.18
+    decode_beta_large: float = 0.40
+    small_batch: int = 32
+    large_batch: int = 64
+
+    def prefill(self, fraction: float) -> float:
+        """Factor on a prefill step's time."""
+        return 1 + self.prefill_beta * (1 / fraction - 1)
+
+    def decode(self, fraction: float, batch_size: float) -> float:
+        """Factor on a decode step's time at that many sequences."""
+        span = self.large_batch - self.small_batch
+        part = min(1.0, max(0.0, (batch_size - self.small_batch) / span))
+        beta = self.decode_beta + part * (self.decode_beta_large - self.decode_beta)
+        return 1 + beta * (1 / fraction - 1)
+
+
+PROPORTIONAL = FractionSlowdown(prefill_beta=1.0, decode_beta=1.0, decode_beta_large=1.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """Where a profile's numbers come from. `source` is "estimate" or "measured"."""
+
+    source: str
+    tool: str
+    engine: str
+    date: str
+    enforcement: str = "none"
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LLMProfile:
+    """How fast one LLM runs on one device type.
+
+    `llm` is the served model name that calls name, `model` what vLLM loads (a Hugging Face id or a directory).
+    `host_s` is the engine's own time per step, added to every step time of the tables.
+    """
+
+    llm: str
+    model: str
+    device_type: str
+    device_memory_gib: float
+    steps: tuple[StepTimes, ...]
+    provenance: Provenance
+    slowdown: FractionSlowdown = FractionSlowdown()
+    host_s: float = 0.0
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192
+    max_model_len: int = 32768
+    gpu_memory_utilization: float = 0.92
+
+    def at(self, tensor_parallel_size: int) -> StepTimes:
+        """The tables at that tensor parallelism. Raises ScepsyError if it was not profiled."""
+        for steps in self.steps:
+            if steps.tensor_parallel_size == tensor_parallel_size:
+                return steps
+        known = ", ".join(str(steps.tensor_parallel_size) for steps in self.steps)
+        raise ScepsyError(
+            f"profile of {self.llm!r} on {self.device_type}: no tensor_parallel_size {tensor_parallel_size}; has {known}"
+        )
+
+    def kv_tokens(self, tensor_parallel_size: int, fraction: float) -> int:
+        """Tokens of KV cache that a replica holds in its fraction of each device's memory; 0 if the weights do not fit."""
+        steps = self.at(tensor_parallel_size)
+        budget_gib = self.device_memory_gib * self.gpu_memory_utilization * fraction
+        free_gib = budget_gib - steps.weights_gib - steps.overhead_gib
+        return max(0, int(free_gib * GIB / steps.kv_bytes_per_token))
+
+    def with_slowdown(self, slowdown: FractionSlowdown) -> LLMProfile:
+        """The same profile under another slowdown model, such as PROPORTIONAL."""
+        return replace(self, slowdown=slowdown)
+
+
+class StepClock:
+    """Step times of one replica: a profile at a tensor parallelism and fraction, as a function.
+
+    Between grid points the tables are interpolated linearly; beyond the last one they continue along its last
+    segment, below the first one they stay. A step that decodes and prefills reads the weights once, so the smaller of
+    the two phases' floors is counted once.
+    """
+
+    __slots__ = ("_fraction", "_overlap_s", "_prefill_factor", "_profile", "_steps")
+
+    def __init__(self, profile: LLMProfile, tensor_parallel_size: int, fraction: float) -> None:
+        self._profile = profile
+        self._steps = profile.at(tensor_parallel_size)
+        self._fraction = fraction
+        self._prefill_factor = profile.slowdown.prefill(fraction)
+        self._overlap_s = min(
+            self._steps.prefill_s[0] * self._prefill_factor,
+            self._steps.decode_s[0][0] * profile.slowdown.decode(fraction, 1),
+        )
+
+    @property
+    def host_s(self) -> float:
+        """The engine's own time per step."""
+        return self._profile.host_s
+
+    @property
+    def overlap_s(self) -> float:
+        """What a step that both decodes and prefills saves against two steps, the host time apart."""
+        return self._overlap_s
+
+    def decode_s(self, batch_size: float, context_tokens: float) -> float:
+        """Time of one decode step without the host's part, at the mean context of the batch."""
+        contexts, rows, grid = self._steps.context_tokens, self._steps.decode_s, self._steps.batch_sizes
+        right = min(bisect_right(grid, batch_size), len(grid) - 1)
+        left = max(0, right - 1)
+        pair = [interpolate(context_tokens, contexts, rows[index]) for index in (left, right)]
+        base = interpolate(batch_size, (grid[left], grid[right]), pair) if left != right else pair[0]
+        return base * self._profile.slowdown.decode(self._fraction, batch_size)
+
+    def prefill_s(self, tokens: float) -> float:
+        """Time of one step that only computes that many prompt tokens, without the host's part."""
+        return interpolate(tokens, self._steps.prefill_tokens, self._steps.prefill_s) * self._prefill_factor
+
+    def step_s(self, decoding: int, context_tokens: float, prefill_tokens: int) -> float:
+        """Time of one engine step: `decoding` sequences at their mean context plus a chunk of new prompt tokens."""
+        if decoding and prefill_tokens:
+            work = self.decode_s(decoding, context_tokens) + self.prefill_s(prefill_tokens) - self._overlap_s
+        elif decoding:
+            work = self.decode_s(decoding, context_tokens)
+        else:
+            work = self.prefill_s(prefill_tokens)
+        return self._profile.host_s + work
+
+
+def interpolate(x: float, grid: Sequence[float], values: Sequence[float]) -> float:
+    """Linear between grid points, constant below the first, along the last segment beyond the last."""
+    if x <= grid[0] or len(grid) == 1:
+        return values[0]
+    right = min(bisect_right(grid, x), len(grid) - 1)
+    left = right - 1
+    return values[left] + (values[right] - values[left]) * (x - grid[left]) / (grid[right] - grid[left])
