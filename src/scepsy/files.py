@@ -1,0 +1,132 @@
+"""Profiles, clusters and plans as YAML (or JSON) files: versioned, readable, checked on load.
+
+A file that does not fit is one ScepsyError that names the file, the place in it and what is wrong there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from scepsy_optimizer.cluster import Cluster
+from scepsy_optimizer.errors import ScepsyError
+from scepsy_optimizer.plan import Plan
+from scepsy_optimizer.profile import LLMProfile
+
+T = TypeVar("T")
+
+PROFILE_FORMAT: Final = "scepsy-profile/1"
+CLUSTER_FORMAT: Final = "scepsy-cluster/1"
+PLAN_FORMAT: Final = "scepsy-plan/1"
+
+
+def load_profile(path: str | Path) -> LLMProfile:
+    """Read a profile file. Raises ScepsyError."""
+    return _load(Path(path), PROFILE_FORMAT, TypeAdapter(LLMProfile))
+
+
+def save_profile(profile: LLMProfile, path: str | Path) -> None:
+    """Write a profile file."""
+    _save(Path(path), PROFILE_FORMAT, TypeAdapter(LLMProfile), profile)
+
+
+def load_cluster(path: str | Path) -> Cluster:
+    """Read a cluster file. Raises ScepsyError."""
+    return _load(Path(path), CLUSTER_FORMAT, TypeAdapter(Cluster))
+
+
+def save_cluster(cluster: Cluster, path: str | Path) -> None:
+    """Write a cluster file."""
+    _save(Path(path), CLUSTER_FORMAT, TypeAdapter(Cluster), cluster)
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Read a plan file. Raises ScepsyError."""
+    return _load(Path(path), PLAN_FORMAT, TypeAdapter(Plan))
+
+
+def save_plan(plan: Plan, path: str | Path) -> None:
+    """Write a plan file."""
+    _save(Path(path), PLAN_FORMAT, TypeAdapter(Plan), plan)
+
+
+class _CompactDumper(yaml.SafeDumper):
+    """YAML in which a list of plain values stands on one line: a row of a table stays a row."""
+
+
+def _represent_sequence(dumper: _CompactDumper, value: Sequence[Any]) -> yaml.Node:
+    flat = all(not isinstance(item, (list, tuple, dict)) for item in value)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=flat)
+
+
+_CompactDumper.add_representer(list, _represent_sequence)
+_CompactDumper.add_representer(tuple, _represent_sequence)
+
+
+def _save(path: Path, form: str, adapter: TypeAdapter[T], value: T) -> None:
+    content = {"format": form, **adapter.dump_python(value, mode="json")}
+    text = yaml.dump(content, Dumper=_CompactDumper, sort_keys=False, width=120, allow_unicode=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ScepsyError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _load(path: Path, form: str, adapter: TypeAdapter[T]) -> T:
+    kind = form.removeprefix("scepsy-").split("/")[0]
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_loader())  # noqa: S506 - a safe loader, the C one
+    except FileNotFoundError as error:
+        raise ScepsyError(f"{path}: no such file; expected a {kind} file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ScepsyError(f"{path}: cannot be read as a {kind} file: {error}") from error
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        place = f" line {where.line + 1}" if where is not None else ""
+        raise ScepsyError(f"{path}{place}: not valid YAML or JSON: {getattr(error, 'problem', error)}") from error
+    if not isinstance(content, Mapping):
+        raise ScepsyError(f"{path}: expected a {kind} file, found {type(content).__name__} at its top")
+    found = content.get("format")
+    if found != form:
+        raise ScepsyError(f"{path}: expected format {form!r}, found {found!r}")
+    body = {key: value for key, value in content.items() if key != "format"}
+    try:
+        value = adapter.validate_python(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise ScepsyError(f"{path}: at {place}: {first['msg']}{more}") from error
+    except ScepsyError as error:
+        raise ScepsyError(f"{path}: {error}") from error
+    unknown = _unknown_key(body, adapter.dump_python(value, mode="json"))
+    if unknown is not None:
+        raise ScepsyError(f"{path}: at {unknown}: unknown key; remove it or correct its name")
+    return value
+
+
+def _loader() -> Any:
+    return getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def _unknown_key(given: Any, understood: Any) -> str | None:
+    """The path of the first key that validation passed over, such as "llms.0.replica"; None if there is none."""
+    if isinstance(given, Mapping) and isinstance(understood, Mapping):
+        children = [(key, given[key]) for key in given]
+        for key, _ in children:
+            if key not in understood:
+                return str(key)
+    elif isinstance(given, (list, tuple)) and isinstance(understood, (list, tuple)):
+        children = list(enumerate(given))
+    else:
+        return None
+    for key, child in children:
+        inner = _unknown_key(child, understood[key])
+        if inner is not None:
+            return f"{key}.{inner}"
+    return None
