@@ -78,7 +78,7 @@ class Engine:
         """
         if prompt_tokens + output_tokens > self._kv_tokens:
             raise ScepsyError(
-                f"a request of {prompt_tokens} + {output_tokens} tokens exceeds the KV cache of {self._kv_tokens} tokens"
+                f"a request of {prompt_tokens} + {output_tokens} tokens exceeds the KV cache of {self._kv_tokens}"
             )
         # At least one token is computed, even where the prefix cache holds all of the prompt.
         new = max(1, prompt_tokens - cached_tokens)

@@ -115,11 +115,11 @@ class LLMProfile:
                 return steps
         known = ", ".join(str(steps.tensor_parallel_size) for steps in self.steps)
         raise ScepsyError(
-            f"profile of {self.llm!r} on {self.device_type}: no tensor_parallel_size {tensor_parallel_size}; has {known}"
+            f"profile of {self.llm!r} on {self.device_type} has tensor_parallel_size {known}, not {tensor_parallel_size}"
         )
 
     def kv_tokens(self, tensor_parallel_size: int, fraction: float) -> int:
-        """Tokens of KV cache that a replica holds in its fraction of each device's memory; 0 if the weights do not fit."""
+        """Tokens of KV cache that a replica holds in its fraction of each device's memory; 0 if it does not fit."""
         steps = self.at(tensor_parallel_size)
         budget_gib = self.device_memory_gib * self.gpu_memory_utilization * fraction
         free_gib = budget_gib - steps.weights_gib - steps.overhead_gib
