@@ -115,7 +115,8 @@ class LLMProfile:
                 return steps
         known = ", ".join(str(steps.tensor_parallel_size) for steps in self.steps)
         raise ScepsyError(
-            f"profile of {self.llm!r} on {self.device_type} has tensor_parallel_size {known}, not {tensor_parallel_size}"
+            f"{self.llm!r} on {self.device_type} was profiled at tensor_parallel_size {known}, "
+            f"not {tensor_parallel_size}"
         )
 
     def kv_tokens(self, tensor_parallel_size: int, fraction: float) -> int:

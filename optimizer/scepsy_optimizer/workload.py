@@ -1,0 +1,197 @@
+"""The workload: what a mean execution asks of each LLM, with its uncertainty."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scepsy_optimizer.errors import ScepsyError
+from scepsy_optimizer.executions import Execution, Span
+from scepsy_optimizer.timeline import Timeline, compile_timeline
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LLMDemand:
+    """What the executions ask of one LLM. Means are over executions, token counts per call.
+
+    `visits` is the visit ratio, calls per execution, and `visits_by_role` splits it. `parallelism` is the LLM's service
+    time over the time that at least one of its calls runs; `overlap` is how many of its calls run, on average, while
+    one of them runs, that one included (each within one execution). `service_s` is the service demand: time of its
+    calls per execution, without what is known to be queueing. `share` is its part of all LLMs' service time, sum over
+    executions by sum over executions, with the 95 % bootstrap interval; `share_cv` is the coefficient of variation of
+    the share among executions. `critical_visits` counts its calls on the critical path, as traced.
+    """
+
+    llm: str
+    visits: float
+    visits_by_role: Mapping[str, float]
+    parallelism: float
+    overlap: float
+    input_tokens: float
+    cached_tokens: float
+    output_tokens: float
+    service_s: float
+    share: float
+    share_low: float
+    share_high: float
+    share_cv: float
+    critical_visits: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """The aggregate of a set of executions, of one workflow or of a mix.
+
+    `workflows` counts the executions by workflow. `latency_s` and `latency_cv` are the mean makespan and its
+    coefficient of variation, `tool_s` the mean part of the critical path that no LLM spends. `timelines` are the
+    executions themselves, for retiming.
+    """
+
+    workflows: Mapping[str, int]
+    latency_s: float
+    latency_cv: float
+    tool_s: float
+    demands: tuple[LLMDemand, ...]
+    timelines: tuple[Timeline, ...]
+
+    @property
+    def executions(self) -> int:
+        """Number of executions."""
+        return len(self.timelines)
+
+    def demand(self, llm: str) -> LLMDemand:
+        """The demand for one LLM. Raises ScepsyError if no call names it."""
+        for demand in self.demands:
+            if demand.llm == llm:
+                return demand
+        raise ScepsyError(f"workload: no call of {llm!r}; the traces call {', '.join(d.llm for d in self.demands)}")
+
+
+def aggregate(
+    executions: Iterable[Execution], *, rng: np.random.Generator | None = None, resamples: int = 1000
+) -> Workload:
+    """Aggregate executions to a workload; LLMs come in the order of falling share.
+
+    `rng` drives the bootstrap of the share intervals (a generator with a fixed seed by default, so that the same
+    executions give the same workload). Raises ScepsyError without any execution, or without any call.
+    """
+    runs = list(executions)
+    if not runs:
+        raise ScepsyError("no executions to aggregate: trace the workflow at least once")
+    timelines = tuple(compile_timeline(run) for run in runs)
+    llms = sorted({call.llm for timeline in timelines for call in timeline.calls})
+    if not llms:
+        raise ScepsyError(f"none of the {len(runs)} executions calls an LLM: is the capture of LLM calls turned on?")
+    service = _service_times(timelines, llms)
+    shares, low, high = _shares(service, rng or np.random.default_rng(0), resamples)
+    paths = [timeline.critical_path(timeline.traced_s) for timeline in timelines]
+    critical = Counter(
+        timeline.calls[index].llm for timeline, path in zip(timelines, paths, strict=True) for index in path.calls
+    )
+    makespans = np.array([path.makespan_s for path in paths])
+    demands = [
+        _demand(
+            llm,
+            runs,
+            service=service[:, column],
+            totals=service.sum(axis=1),
+            share=(shares[column], low[column], high[column]),
+            critical_visits=critical[llm] / len(runs),
+        )
+        for column, llm in enumerate(llms)
+    ]
+    return Workload(
+        workflows=dict(Counter(run.workflow for run in runs)),
+        latency_s=float(makespans.mean()),
+        latency_cv=_cv(makespans),
+        tool_s=float(np.mean([path.fixed_s for path in paths])),
+        demands=tuple(sorted(demands, key=lambda demand: (-demand.share, demand.llm))),
+        timelines=timelines,
+    )
+
+
+def _demand(
+    llm: str,
+    runs: Sequence[Execution],
+    *,
+    service: NDArray[np.float64],
+    totals: NDArray[np.float64],
+    share: tuple[float, float, float],
+    critical_visits: float,
+) -> LLMDemand:
+    per_run = [[span for span in run.calls if span.call is not None and span.call.llm == llm] for run in runs]
+    spans = [span for found in per_run for span in found]
+    calls = [span.call for span in spans if span.call is not None]
+    roles = Counter(call.role for call in calls)
+    parallelism, overlap = _concurrency(per_run)
+    busy = totals > 0
+    return LLMDemand(
+        llm=llm,
+        visits=len(calls) / len(runs),
+        visits_by_role={role: count / len(runs) for role, count in sorted(roles.items())},
+        parallelism=parallelism,
+        overlap=overlap,
+        input_tokens=sum(call.input_tokens for call in calls) / len(calls),
+        cached_tokens=sum(call.cached_tokens for call in calls) / len(calls),
+        output_tokens=sum(call.output_tokens for call in calls) / len(calls),
+        service_s=float(service.mean()),
+        share=share[0],
+        share_low=share[1],
+        share_high=share[2],
+        share_cv=_cv(service[busy] / totals[busy]) if busy.any() else 0.0,
+        critical_visits=critical_visits,
+    )
+
+
+def _service_times(timelines: Sequence[Timeline], llms: Sequence[str]) -> NDArray[np.float64]:
+    """Service time of each LLM (columns) in each execution (rows)."""
+    columns = {llm: column for column, llm in enumerate(llms)}
+    service = np.zeros((len(timelines), len(llms)))
+    for row, timeline in enumerate(timelines):
+        for call, traced_s in zip(timeline.calls, timeline.traced_s, strict=True):
+            service[row, columns[call.llm]] += max(0.0, traced_s - (call.queue_s or 0.0))
+    return service
+
+
+def _shares(
+    service: NDArray[np.float64], rng: np.random.Generator, resamples: int
+) -> tuple[list[float], list[float], list[float]]:
+    """Share of each column with its 95 % percentile bootstrap interval over the rows."""
+    rows = len(service)
+    weights = rng.multinomial(rows, np.full(rows, 1 / rows), size=resamples)
+    sums = weights @ service
+    totals = sums.sum(axis=1, keepdims=True)
+    samples = np.divide(sums, totals, out=np.zeros_like(sums), where=totals > 0)
+    total = service.sum()
+    shares = service.sum(axis=0) / total if total > 0 else np.zeros(service.shape[1])
+    low, high = np.quantile(samples, [0.025, 0.975], axis=0)
+    return shares.tolist(), low.tolist(), high.tolist()
+
+
+def _concurrency(per_run: Sequence[Sequence[Span]]) -> tuple[float, float]:
+    """Parallelism (service time by busy time) and overlap (as a running call sees it) over all runs."""
+    total_s = busy_s = seen_s = 0.0
+    for spans in per_run:
+        edges = sorted([(span.start_s, 1) for span in spans] + [(span.end_s, -1) for span in spans])
+        running, since_s = 0, 0.0
+        for time_s, change in edges:
+            if running:
+                length_s = time_s - since_s
+                busy_s += length_s
+                total_s += running * length_s
+                seen_s += running * running * length_s
+            running += change
+            since_s = time_s
+    if busy_s == 0:
+        return 1.0, 1.0
+    return total_s / busy_s, seen_s / total_s
+
+
+def _cv(values: NDArray[np.float64]) -> float:
+    """Coefficient of variation; 0 where there is no spread to speak of."""
+    mean = float(values.mean()) if len(values) else 0.0
+    return float(values.std(ddof=1)) / mean if len(values) > 1 and mean > 0 else 0.0
