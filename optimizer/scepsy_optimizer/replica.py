@@ -23,12 +23,16 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallShape:
-    """Mean lengths of an LLM's calls. `overlap` is the mean number of calls of one execution that run together."""
+    """Mean lengths of an LLM's calls, and the longest context that one of them reaches.
+
+    `overlap` is the mean number of calls of one execution that run together.
+    """
 
     input_tokens: float
     cached_tokens: float
     output_tokens: float
     overlap: float
+    longest_tokens: int = 0
 
     @property
     def computed_tokens(self) -> float:
@@ -48,6 +52,7 @@ class CallShape:
             cached_tokens=demand.cached_tokens,
             output_tokens=demand.output_tokens,
             overlap=demand.overlap,
+            longest_tokens=demand.longest_tokens,
         )
 
 
@@ -101,9 +106,14 @@ def _saturation_rps(profile: LLMProfile, tensor_parallel_size: int, fraction: fl
 
 
 def max_batch(profile: LLMProfile, tensor_parallel_size: int, fraction: float, shape: CallShape) -> float:
-    """Calls that run at once at most, by `max_num_seqs` and by the KV cache at their full length; below 1 none fits."""
-    longest = max(1.0, shape.input_tokens + shape.generated_tokens)
-    return min(float(profile.max_num_seqs), profile.kv_tokens(tensor_parallel_size, fraction) / longest)
+    """Calls that run at once at most, by `max_num_seqs` and by the KV cache at their mean full length.
+
+    0 where the cache does not hold the longest call.
+    """
+    kv_tokens = profile.kv_tokens(tensor_parallel_size, fraction)
+    if kv_tokens < max(1, shape.longest_tokens):
+        return 0.0
+    return min(float(profile.max_num_seqs), kv_tokens / max(1.0, shape.input_tokens + shape.generated_tokens))
 
 
 def loaded_speeds(

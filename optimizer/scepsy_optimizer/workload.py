@@ -20,8 +20,9 @@ class LLMDemand:
 
     `visits` is the visit ratio, calls per execution, and `visits_by_role` splits it. `parallelism` is the LLM's service
     time over the time that at least one of its calls runs; `overlap` is how many of its calls run, on average, while
-    one of them runs, that one included (each within one execution). `service_s` is the service demand: time of its
-    calls per execution, without what is known to be queueing. `share` is its part of all LLMs' service time, sum over
+    one of them runs, that one included (each within one execution). `longest_tokens` is the
+    largest context of a call. `service_s` is the service demand: time of its calls per execution, without what is known
+    to be queueing. `share` is its part of all LLMs' service time, sum over
     executions by sum over executions, with the 95 % bootstrap interval; `share_cv` is the coefficient of variation of
     the share among executions. `critical_visits` counts its calls on the critical path, as traced.
     """
@@ -34,6 +35,7 @@ class LLMDemand:
     input_tokens: float
     cached_tokens: float
     output_tokens: float
+    longest_tokens: int
     service_s: float
     share: float
     share_low: float
@@ -138,6 +140,7 @@ def _demand(
         input_tokens=sum(call.input_tokens for call in calls) / len(calls),
         cached_tokens=sum(call.cached_tokens for call in calls) / len(calls),
         output_tokens=sum(call.output_tokens for call in calls) / len(calls),
+        longest_tokens=max(call.input_tokens + call.output_tokens for call in calls),
         service_s=float(service.mean()),
         share=share[0],
         share_low=share[1],

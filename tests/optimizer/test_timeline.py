@@ -4,6 +4,7 @@ import networkx as nx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from scepsy_optimizer.executions import Call, Execution, Span
 from scepsy_optimizer.timeline import call_graph, compile_timeline, retime
 

@@ -1,0 +1,194 @@
+"""From a workload to a plan: search, place, and say what the result is predicted to give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from fractions import Fraction
+
+from scepsy_optimizer.allocation import MAX_UTILISATION, UNITS_PER_DEVICE, Choice, Option, evaluate_choice
+from scepsy_optimizer.cluster import Cluster
+from scepsy_optimizer.errors import ScepsyError
+from scepsy_optimizer.pipeline import build_pipeline, workflow_latencies_s
+from scepsy_optimizer.placement import place
+from scepsy_optimizer.plan import LLMPlan, Plan, Prediction
+from scepsy_optimizer.profile import LLMProfile
+from scepsy_optimizer.search import find_allocation, highest_rate
+from scepsy_optimizer.workload import Workload
+
+
+def optimize(
+    workload: Workload,
+    profiles: Mapping[str, LLMProfile],
+    cluster: Cluster,
+    *,
+    rate_rps: float,
+    max_utilisation: float = MAX_UTILISATION,
+    provenance: Mapping[str, str] | None = None,
+) -> Plan:
+    """The plan of least mean latency for `rate_rps` executions per second on the cluster.
+
+    `profiles` are by LLM name, for the cluster's device type. Raises ScepsyError where the rate is out of reach, with
+    the highest reachable one and its bottleneck, or where an LLM has no profile or does not fit.
+    """
+    _check_devices(workload, profiles, cluster)
+    largest = max(len(domain) for node in cluster.nodes for domain in node.nvlink_domains)
+    units = cluster.devices * UNITS_PER_DEVICE
+    bound_s: float | None = None
+    while units > 0:
+        allocation = find_allocation(
+            workload,
+            profiles,
+            rate_rps=rate_rps,
+            units=units,
+            max_tensor_parallel_size=largest,
+            max_utilisation=max_utilisation,
+        )
+        if allocation is None:
+            break
+        # The bound of the whole cluster holds, also where a smaller budget is what can be placed in the end.
+        bound_s = allocation.lower_bound_s if bound_s is None else bound_s
+        choices = {llm: option.choice for llm, option in allocation.options.items()}
+        plan = _build(workload, profiles, cluster, allocation.options, rate_rps=rate_rps, provenance=provenance)
+        if plan is not None and plan.prediction is not None:
+            gap = max(0.0, 1 - bound_s / plan.prediction.latency_s)
+            return replace(plan, prediction=replace(plan.prediction, lower_bound_s=bound_s, gap=gap))
+        # Groups did not fit into the domains side by side: plan for fewer devices and try again.
+        units = sum(choice.units for choice in choices.values()) - 1
+    rate, bottleneck = highest_rate(
+        workload, profiles, units=cluster.devices * UNITS_PER_DEVICE, max_tensor_parallel_size=largest
+    )
+    raise ScepsyError(
+        f"a rate of {rate_rps:g} executions/s is out of reach on {cluster.devices} {cluster.device_type}: the highest "
+        f"is {rate:.3g}/s, limited by {bottleneck!r}. Ask for less, add devices, or make {bottleneck!r} smaller"
+    )
+
+
+def predict(
+    workload: Workload,
+    profiles: Mapping[str, LLMProfile],
+    cluster: Cluster,
+    choices: Mapping[str, Choice],
+    *,
+    rate_rps: float,
+    provenance: Mapping[str, str] | None = None,
+) -> Plan:
+    """The plan of a given allocation, such as one made by hand, with its prediction.
+
+    Its lower bound is 0: nothing was searched. An LLM beyond saturation makes the predicted latency infinite. Raises
+    ScepsyError where the allocation cannot be placed, or an LLM does not fit or has no profile or no choice.
+    """
+    _check_devices(workload, profiles, cluster)
+    missing = [demand.llm for demand in workload.demands if demand.llm not in choices]
+    if missing:
+        raise ScepsyError(f"the allocation gives nothing to {', '.join(missing)}, which the workload calls")
+    options = {
+        demand.llm: evaluate_choice(
+            demand, profiles[demand.llm], choices[demand.llm], calls_rps=rate_rps * demand.visits
+        )
+        for demand in workload.demands
+    }
+    plan = _build(workload, profiles, cluster, options, rate_rps=rate_rps, provenance=provenance)
+    if plan is None:
+        raise ScepsyError(f"the allocation does not fit on {cluster.devices} devices: {describe_choices(choices)}")
+    return plan
+
+
+def describe_choices(choices: Mapping[str, Choice]) -> str:
+    """An allocation in words."""
+    return "; ".join(
+        f"{llm}: {choice.replicas} x "
+        + (
+            f"{float(choice.fraction):g} device"
+            if choice.fraction < 1
+            else f"tensor_parallel_size {choice.tensor_parallel_size}"
+        )
+        for llm, choice in choices.items()
+    )
+
+
+def plan_choices(plan: Plan) -> dict[str, Choice]:
+    """The allocation inside a plan."""
+    return {
+        part.llm: Choice(
+            tensor_parallel_size=part.tensor_parallel_size,
+            fraction=Fraction(part.fraction).limit_denominator(1000),
+            replicas=part.replicas,
+        )
+        for part in plan.llms
+    }
+
+
+def _build(
+    workload: Workload,
+    profiles: Mapping[str, LLMProfile],
+    cluster: Cluster,
+    options: Mapping[str, Option],
+    *,
+    rate_rps: float,
+    provenance: Mapping[str, str] | None,
+) -> Plan | None:
+    """Place the options and predict; None where they cannot be placed."""
+    slots = place({llm: option.choice for llm, option in options.items()}, cluster)
+    if slots is None:
+        return None
+    speeds = {llm: option.speed for llm, option in options.items()}
+    pipeline = build_pipeline(workload, speeds)
+    limits = {demand.llm: options[demand.llm].max_rps / demand.visits for demand in workload.demands}
+    bottleneck = min(limits, key=lambda llm: limits[llm])
+    parts = []
+    for demand in workload.demands:
+        profile, option = profiles[demand.llm], options[demand.llm]
+        computed = max(1.0, demand.input_tokens - demand.cached_tokens)
+        parts.append(
+            LLMPlan(
+                llm=demand.llm,
+                model=profile.model,
+                tensor_parallel_size=option.choice.tensor_parallel_size,
+                fraction=float(option.choice.fraction),
+                replicas=option.choice.replicas,
+                slots=slots[demand.llm],
+                max_num_seqs=profile.max_num_seqs,
+                max_num_batched_tokens=profile.max_num_batched_tokens,
+                max_model_len=min(profile.max_model_len, profile.kv_tokens(*_kind(option.choice))),
+                gpu_memory_utilization=profile.gpu_memory_utilization,
+                rate_rps=rate_rps * demand.visits,
+                predicted_call_s=option.speed.call_s(computed, max(1.0, demand.output_tokens)),
+                utilisation=option.utilisation,
+                share=demand.share,
+            )
+        )
+    return Plan(
+        cluster=cluster,
+        rate_rps=rate_rps,
+        llms=tuple(parts),
+        prediction=Prediction(
+            latency_s=pipeline.built_latency_s,
+            max_rate_rps=limits[bottleneck],
+            bottleneck=bottleneck,
+            lower_bound_s=0.0,
+            gap=1.0,
+            tool_s=pipeline.fixed_s,
+            workflow_latency_s=workflow_latencies_s(workload, speeds),
+        ),
+        provenance=dict(provenance or {}),
+    )
+
+
+def _kind(choice: Choice) -> tuple[int, float]:
+    return choice.tensor_parallel_size, float(choice.fraction)
+
+
+def _check_devices(workload: Workload, profiles: Mapping[str, LLMProfile], cluster: Cluster) -> None:
+    """Profiles must exist and be for the cluster's device type."""
+    missing = [demand.llm for demand in workload.demands if demand.llm not in profiles]
+    if missing:
+        known = ", ".join(sorted(profiles)) or "nothing"
+        raise ScepsyError(f"no profile for {', '.join(missing)}; there are profiles for {known}")
+    for demand in workload.demands:
+        profile = profiles[demand.llm]
+        if profile.device_type != cluster.device_type:
+            raise ScepsyError(
+                f"the profile of {demand.llm!r} is for {profile.device_type}, the cluster has {cluster.device_type}: "
+                "profile it for that device type"
+            )

@@ -1,0 +1,188 @@
+from dataclasses import replace
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scepsy_optimizer.allocation import Choice, even_split
+from scepsy_optimizer.cluster import Cluster, Node, parse_cluster
+from scepsy_optimizer.errors import ScepsyError
+from scepsy_optimizer.placement import check_placement, place
+from scepsy_optimizer.plan import LLMPlan, Plan, Slot
+from scepsy_optimizer.planner import describe_choices, optimize, plan_choices, predict
+from scepsy_optimizer.workload import aggregate
+
+
+def whole(size, replicas=1):
+    return Choice(tensor_parallel_size=size, fraction=Fraction(1), replicas=replicas)
+
+
+def part(tenths, replicas=1):
+    return Choice(tensor_parallel_size=1, fraction=Fraction(tenths, 10), replicas=replicas)
+
+
+def bare_plan(cluster, choices, slots):
+    return Plan(
+        cluster=cluster,
+        rate_rps=1,
+        llms=tuple(
+            LLMPlan(
+                llm=llm,
+                model=llm,
+                tensor_parallel_size=choice.tensor_parallel_size,
+                fraction=float(choice.fraction),
+                replicas=choice.replicas,
+                slots=slots[llm],
+                max_num_seqs=1,
+                max_num_batched_tokens=1,
+                max_model_len=1,
+                gpu_memory_utilization=0.9,
+            )
+            for llm, choice in choices.items()
+        ),
+    )
+
+
+def test_groups_first_then_fractions_on_shared_devices():
+    cluster = parse_cluster("2x4xH100")
+    choices = {"a": whole(4), "b": whole(2), "c": part(5, 2), "d": part(2, 3)}
+    slots = place(choices, cluster)
+    assert slots is not None
+    assert slots["a"] == (Slot(node="node0", devices=(0, 1, 2, 3)),)
+    assert slots["b"] == (Slot(node="node1", devices=(0, 1)),)
+    assert {slot.devices for slot in slots["c"]} == {(2,)}
+    assert {slot.devices for slot in slots["d"]} == {(3,)}
+    assert check_placement(bare_plan(cluster, choices, slots)) == []
+
+
+def test_a_group_does_not_cross_domains():
+    assert place({"a": whole(2)}, parse_cluster("4xL40S")) is None
+    assert place({"a": whole(4)}, parse_cluster("2x2xH100")) is None
+
+
+@given(
+    st.lists(st.sampled_from([whole(4), whole(2), whole(1), part(5), part(2), part(1)]), min_size=1, max_size=40),
+    st.integers(1, 3),
+)
+def test_offered_sizes_pack_without_loss(pieces, nodes):
+    """Groups of powers of two and fractions of 1/2, 1/5 and 1/10 always fill nodes of four whole devices."""
+    cluster = parse_cluster(f"{nodes}x4xH100")
+    choices = {str(index): choice for index, choice in enumerate(pieces)}
+    slots = place(choices, cluster)
+    fits = sum(choice.units for choice in pieces) <= cluster.devices * 10
+    assert (slots is not None) == fits
+    if slots is not None:
+        assert check_placement(bare_plan(cluster, choices, slots)) == []
+
+
+def test_check_placement_tells_every_fault():
+    cluster = Cluster(
+        nodes=(Node(name="n", device_type="H100", devices=4, memory_gib=80, nvlink_domains=((0, 1), (2, 3))),)
+    )
+    choices = {"a": whole(2), "b": part(5, 3), "c": whole(1, 2)}
+    slots = {
+        "a": (Slot(node="n", devices=(1, 2)),),
+        "b": tuple(Slot(node="n", devices=(3,)) for _ in range(3)),
+        "c": (Slot(node="x", devices=(0,)), Slot(node="n", devices=(9,))),
+    }
+    wrong = check_placement(bare_plan(cluster, choices, slots))
+    assert len(wrong) == 4
+    assert any("do not share a fast-link domain" in line for line in wrong)
+    assert any("device 3 of 'n' is given out 1.5 times" in line for line in wrong)
+    assert any("no node 'x'" in line for line in wrong)
+    assert any("no number 9" in line for line in wrong)
+
+
+@pytest.fixture(scope="module")
+def workload(make_execution):
+    runs = [
+        make_execution(f"e{n}", [("a", 0, 2 + n % 3), ("a", 0, 3), ("b", 5, 7)], workflow="wx"[n % 2])
+        for n in range(10)
+    ]
+    return aggregate(runs)
+
+
+@pytest.fixture(scope="module")
+def profiles(make_profile):
+    return {"a": make_profile("a"), "b": make_profile("b", scale=0.5, weights_gib=4.0)}
+
+
+def test_a_plan_can_be_placed_and_says_what_it_gives(workload, profiles):
+    cluster = parse_cluster("4xH100")
+    plan = optimize(workload, profiles, cluster, rate_rps=3.0, provenance={"traces": "made up"})
+    assert check_placement(plan) == []
+    prediction = plan.prediction
+    assert prediction is not None
+    assert 0 < prediction.lower_bound_s <= prediction.latency_s
+    assert prediction.gap == pytest.approx(1 - prediction.lower_bound_s / prediction.latency_s)
+    assert prediction.max_rate_rps >= 3.0
+    assert prediction.bottleneck in {"a", "b"}
+    assert set(prediction.workflow_latency_s) == {"w", "x"}
+    mean = sum(prediction.workflow_latency_s.values()) / 2
+    assert prediction.latency_s == pytest.approx(mean)
+    again = predict(workload, profiles, cluster, plan_choices(plan), rate_rps=3.0)
+    assert again.prediction is not None
+    assert again.prediction.latency_s == pytest.approx(prediction.latency_s)
+
+
+def test_the_plan_is_at_least_as_good_as_an_even_split(workload, profiles):
+    cluster = parse_cluster("4xH100")
+    even = even_split(["a", "b"], profiles, devices=4, max_tensor_parallel_size=4)
+    for rate in (0.5, 5.0, 10.0):
+        ours = optimize(workload, profiles, cluster, rate_rps=rate).prediction
+        theirs = predict(workload, profiles, cluster, even, rate_rps=rate).prediction
+        assert ours is not None
+        assert theirs is not None
+        assert ours.latency_s <= theirs.latency_s * (1 + 1e-9)
+
+
+def test_domains_that_groups_do_not_fill_lead_to_a_smaller_plan(workload, make_profile):
+    """Domains of three devices hold one pair each: what the search wants at first cannot be placed."""
+    nodes = tuple(
+        Node(name=f"n{i}", device_type="H100", devices=3, memory_gib=80, nvlink_domains=((0, 1, 2),)) for i in range(2)
+    )
+    profiles = {llm: make_profile(llm, sizes=(2,)) for llm in "ab"}
+    plan = optimize(workload, profiles, Cluster(nodes=nodes), rate_rps=1.0)
+    assert check_placement(plan) == []
+    assert plan.prediction is not None
+    assert plan.prediction.lower_bound_s <= plan.prediction.latency_s
+
+
+def test_an_unreachable_rate_names_the_highest_and_its_bottleneck(workload, profiles):
+    with pytest.raises(
+        ScepsyError, match=r"a rate of 1000 executions/s is out of reach on 1 H100: the highest is .*'a'"
+    ):
+        optimize(workload, profiles, parse_cluster("1xH100"), rate_rps=1000)
+
+
+def test_wrong_inputs_are_told(workload, profiles):
+    with pytest.raises(ScepsyError, match="for H100, the cluster has A100"):
+        optimize(workload, profiles, parse_cluster("8xA100"), rate_rps=1)
+    with pytest.raises(ScepsyError, match="no profile for a; there are profiles for b"):
+        optimize(workload, {"b": profiles["b"]}, parse_cluster("8xH100"), rate_rps=1)
+    cluster = parse_cluster("1xH100")
+    with pytest.raises(ScepsyError, match="gives nothing to b"):
+        predict(workload, profiles, cluster, {"a": whole(1)}, rate_rps=1)
+    with pytest.raises(
+        ScepsyError, match="does not fit on 1 devices: a: 1 x tensor_parallel_size 1; b: 1 x 0.5 device"
+    ):
+        predict(workload, profiles, cluster, {"a": whole(1), "b": part(5)}, rate_rps=1)
+    with pytest.raises(ScepsyError, match=r"'a' .* does not fit into 0.1 of 1 H100"):
+        predict(workload, profiles, cluster, {"a": part(1), "b": part(5)}, rate_rps=1)
+    for text in ("8", "8xZ9", "0xH100", "H100x8", "2x0xH100"):
+        with pytest.raises(ScepsyError, match="cluster"):
+            parse_cluster(text)
+    assert describe_choices({"a": part(5, 2)}) == "a: 2 x 0.5 device"
+
+
+def test_a_plan_checks_itself(workload, profiles):
+    plan = optimize(workload, profiles, parse_cluster("4xH100"), rate_rps=1)
+    with pytest.raises(ScepsyError, match="each LLM may appear once"):
+        replace(plan, llms=(plan.llms[0], plan.llms[0]))
+    with pytest.raises(ScepsyError, match="slots"):
+        replace(plan, llms=(replace(plan.llms[0], replicas=9),))
+    with pytest.raises(ScepsyError, match="fraction 2"):
+        replace(plan, llms=(replace(plan.llms[0], fraction=2.0),))
+    with pytest.raises(ScepsyError, match="no LLM 'z'"):
+        plan.part("z")

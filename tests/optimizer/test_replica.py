@@ -1,0 +1,104 @@
+"""The closed form against the laws it is made of, and against the step-by-step engine."""
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scepsy_optimizer.engine import Engine
+from scepsy_optimizer.profile import PROPORTIONAL, StepClock
+from scepsy_optimizer.replica import CallShape, loaded_speeds, max_batch, saturation_rps
+
+SHAPE = CallShape(input_tokens=1000, cached_tokens=0, output_tokens=200, overlap=1.0)
+
+
+def call_s(profile, rate, shape=SHAPE, fraction=1.0, overlap=1.0):
+    speeds = loaded_speeds(profile, 1, fraction, shape, np.array([rate]), np.array([overlap]))
+    return float(
+        speeds.fixed_s[0] + speeds.input_s[0] * shape.computed_tokens + speeds.output_s[0] * shape.generated_tokens
+    )
+
+
+def simulate(profile, rate, *, calls=1500, fraction=1.0, seed=7):
+    """Mean time of Poisson calls of exponential lengths through the engine, after a tenth for warming up."""
+    rng = random.Random(seed)
+    engine = Engine(profile, tensor_parallel_size=1, fraction=fraction)
+    arrivals, now = [], 0.0
+    for _ in range(calls):
+        now += rng.expovariate(rate)
+        arrivals.append((now, max(1, round(rng.expovariate(1 / 1000))), max(1, round(rng.expovariate(1 / 200)))))
+    now, nxt, times = 0.0, 0, []
+    while True:
+        while nxt < calls and arrivals[nxt][0] <= now:
+            engine.submit(nxt, prompt_tokens=arrivals[nxt][1], output_tokens=arrivals[nxt][2])
+            nxt += 1
+        step = engine.step()
+        if step is None:
+            if nxt == calls:
+                return sum(times[calls // 10 :]) / len(times[calls // 10 :])
+            now = arrivals[nxt][0]
+            continue
+        now += step.duration_s
+        times += [now - arrivals[request][0] for request in step.finished]
+
+
+def test_an_idle_replica_takes_prefill_plus_decode_steps(make_profile):
+    profile = make_profile("m", host_s=0.001)
+    clock = StepClock(profile, 1, 1.0)
+    expected = clock.prefill_s(1000) + 0.001 + 199 * (clock.decode_s(1, 1100) + 0.001)
+    assert call_s(profile, 1e-9) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+@pytest.mark.parametrize("load", [0.1, 0.4, 0.7])
+def test_the_closed_form_follows_the_engine(make_profile, load, fraction):
+    profile = make_profile("m")
+    rate = load * saturation_rps(profile, 1, fraction, SHAPE)
+    simulated = [simulate(profile, rate, fraction=fraction, seed=seed) for seed in (1, 2, 3)]
+    assert call_s(profile, rate, fraction=fraction) == pytest.approx(sum(simulated) / 3, rel=0.08)
+
+
+def test_the_engine_saturates_where_the_closed_form_says(make_profile):
+    profile = make_profile("m")
+    engine = Engine(profile, tensor_parallel_size=1, fraction=1.0)
+    for request in range(2000):
+        engine.submit(request, prompt_tokens=1000, output_tokens=200)
+    now = 0.0
+    while (step := engine.step()) is not None:
+        now += step.duration_s
+    assert 2000 / now == pytest.approx(saturation_rps(profile, 1, 1.0, SHAPE), rel=0.1)
+
+
+def test_fractions_never_carry_more_than_their_part(make_profile):
+    profile = make_profile("m", weights_gib=2.0)
+    whole = saturation_rps(profile, 1, 1.0, SHAPE)
+    for fraction in (0.5, 0.2, 0.1):
+        assert 0 < saturation_rps(profile, 1, fraction, SHAPE) <= fraction * whole
+    slow = profile.with_slowdown(PROPORTIONAL)
+    assert call_s(slow, 1e-9, fraction=0.5) == pytest.approx(2 * call_s(slow, 1e-9), rel=1e-3)
+    assert call_s(profile, 1e-9) < call_s(profile, 1e-9, fraction=0.5) < call_s(slow, 1e-9, fraction=0.5)
+
+
+def test_what_does_not_fit_has_no_capacity(make_profile):
+    profile = make_profile("m")
+    assert saturation_rps(profile, 1, 0.1, SHAPE) == 0
+    long = CallShape(input_tokens=1000, cached_tokens=0, output_tokens=10, overlap=1, longest_tokens=10**7)
+    assert max_batch(profile, 1, 1.0, long) == 0
+    assert np.isinf(loaded_speeds(profile, 1, 0.1, SHAPE, np.array([1.0]), np.array([1.0])).output_s).all()
+
+
+@settings(max_examples=60)
+@given(
+    load=st.floats(0.01, 0.84),
+    prompt=st.integers(1, 6000),
+    output=st.integers(0, 800),
+    overlap=st.floats(1, 8),
+)
+def test_more_load_is_never_faster(make_profile, load, prompt, output, overlap):
+    profile = make_profile("m")
+    shape = CallShape(input_tokens=prompt, cached_tokens=0, output_tokens=output, overlap=overlap)
+    saturation = saturation_rps(profile, 1, 1.0, shape)
+    light, heavy = call_s(profile, saturation * load / 2, shape), call_s(profile, saturation * load, shape)
+    assert 0 < light <= heavy * (1 + 1e-9) < float("inf")

@@ -1,0 +1,191 @@
+"""The search against exhaustive enumeration, HiGHS, and its own certificate."""
+
+import itertools
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import LinearConstraint, milp
+
+from scepsy_optimizer.allocation import Choice, Option, even_split, list_options
+from scepsy_optimizer.errors import ScepsyError
+from scepsy_optimizer.pipeline import Pipeline, Stage, build_pipeline, paper_latency_s
+from scepsy_optimizer.replica import CallSpeed
+from scepsy_optimizer.search import find_allocation, highest_rate, solve_knapsack
+from scepsy_optimizer.workload import aggregate
+
+
+def option(units, cost):
+    choice = Choice(tensor_parallel_size=1, fraction=Fraction(1, 10), replicas=units)
+    return Option(choice=choice, speed=CallSpeed(fixed_s=cost, input_s=0, output_s=0), utilisation=0, max_rps=1)
+
+
+def pipeline_of(count):
+    stages = tuple(Stage(llm=str(index), calls=1, input_tokens=0, output_tokens=0) for index in range(count))
+    return Pipeline(stages=stages, fixed_s=0.5, built_latency_s=0)
+
+
+OFFERS = st.lists(
+    st.lists(st.tuples(st.integers(1, 12), st.integers(1, 50)), min_size=1, max_size=6), min_size=1, max_size=4
+)
+
+
+@given(OFFERS, st.integers(1, 30))
+def test_the_knapsack_equals_exhaustive_search(offers, units):
+    options = {str(index): [option(*offer) for offer in listed] for index, listed in enumerate(offers)}
+    feasible = [
+        (sum(cost for _, cost in chosen), sum(size for size, _ in chosen))
+        for chosen in itertools.product(*offers)
+        if sum(size for size, _ in chosen) <= units
+    ]
+    found = solve_knapsack(pipeline_of(len(offers)), options, units)
+    if not feasible:
+        assert found is None
+        return
+    assert found is not None
+    chosen, latency = found
+    cost, size = min(feasible)
+    assert latency == pytest.approx(cost + 0.5)
+    assert sum(picked.choice.units for picked in chosen.values()) == size
+    assert sum(picked.speed.fixed_s for picked in chosen.values()) == pytest.approx(cost)
+
+
+def test_the_knapsack_equals_highs_on_a_large_case():
+    rng = np.random.default_rng(3)
+    offers = [
+        [(int(size), float(cost)) for size, cost in zip(rng.integers(1, 80, 40), rng.uniform(1, 50, 40), strict=True)]
+        for _ in range(12)
+    ]
+    units = 300
+    options = {str(index): [option(*offer) for offer in listed] for index, listed in enumerate(offers)}
+    found = solve_knapsack(pipeline_of(len(offers)), options, units)
+    assert found is not None
+    flat = [(group, *offer) for group, listed in enumerate(offers) for offer in listed]
+    one_each = np.array([[float(group == row) for group, _, _ in flat] for row in range(len(offers))])
+    solution = milp(
+        [cost for _, _, cost in flat],
+        integrality=np.ones(len(flat)),
+        bounds=(0, 1),
+        constraints=[
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(np.array([[size for _, size, _ in flat]]), 0, units),
+        ],
+    )
+    assert found[1] == pytest.approx(solution.fun + 0.5)
+
+
+@pytest.fixture(scope="module")
+def workload(make_execution):
+    """Fan-out over two LLMs at once, then a third: the critical path moves with the allocation."""
+    runs = []
+    for number in range(12):
+        branches = [("a", 0, 2 + number % 3), ("b", 0, 1 + number % 5), ("a", 0, 1)]
+        end = max(end for _, _, end in branches)
+        runs.append(make_execution(f"e{number}", [*branches, ("c", end + 0.1, end + 1.1)], tokens=(800, 150)))
+    return aggregate(runs)
+
+
+@pytest.fixture(scope="module")
+def profiles(make_profile):
+    return {
+        "a": make_profile("a"),
+        "b": make_profile("b", scale=2.0, weights_gib=28.0),
+        "c": make_profile("c", scale=0.3, weights_gib=2.0),
+    }
+
+
+def exhaustive(workload, profiles, rate, units, size):
+    """The best true mean makespan over every combination of options."""
+    offers = [
+        [
+            (demand.llm, offer)
+            for offer in list_options(
+                demand,
+                profiles[demand.llm],
+                calls_rps=rate * demand.visits,
+                max_units=units,
+                max_tensor_parallel_size=size,
+            )
+        ]
+        for demand in workload.demands
+    ]
+    best = float("inf")
+    for chosen in itertools.product(*offers):
+        if sum(offer.choice.units for _, offer in chosen) <= units:
+            best = min(best, build_pipeline(workload, {llm: offer.speed for llm, offer in chosen}).built_latency_s)
+    return best
+
+
+@pytest.mark.parametrize(("rate", "units"), [(0.5, 20), (2.0, 30), (6.0, 30)])
+def test_the_search_is_within_its_certificate_of_the_true_optimum(workload, profiles, rate, units):
+    found = find_allocation(workload, profiles, rate_rps=rate, units=units, max_tensor_parallel_size=2)
+    best = exhaustive(workload, profiles, rate, units, 2)
+    assert found is not None
+    assert found.lower_bound_s <= best + 1e-9 <= found.latency_s + 2e-9
+    assert found.latency_s <= best * 1.02
+
+
+def test_highest_rate_is_just_feasible(workload, profiles):
+    rate, bottleneck = highest_rate(workload, profiles, units=40, max_tensor_parallel_size=4)
+    limits = {"units": 40, "max_tensor_parallel_size": 4}
+    assert find_allocation(workload, profiles, rate_rps=rate * 0.99999, **limits) is not None
+    assert find_allocation(workload, profiles, rate_rps=rate * 1.0001, **limits) is None
+    assert bottleneck in profiles
+
+
+@settings(max_examples=25, deadline=None)
+@given(rate=st.floats(0.1, 20), devices=st.integers(1, 8))
+def test_no_allocation_breaks_its_limits(workload, profiles, rate, devices):
+    found = find_allocation(workload, profiles, rate_rps=rate, units=devices * 10, max_tensor_parallel_size=4)
+    if found is None:
+        return
+    assert sum(picked.choice.units for picked in found.options.values()) <= devices * 10
+    assert found.lower_bound_s <= found.latency_s
+    for llm, picked in found.options.items():
+        assert picked.utilisation <= 0.85 + 1e-9
+        assert picked.max_rps >= rate * workload.demand(llm).visits * (1 - 1e-9)
+
+
+def test_the_pipeline_is_exact_where_it_was_built_and_a_bound_elsewhere(workload):
+    slow = {llm: CallSpeed(fixed_s=0.1, input_s=1e-4, output_s=0.01) for llm in "abc"}
+    other = {**slow, "b": CallSpeed(fixed_s=0.1, input_s=1e-4, output_s=0.05)}
+    pipeline = build_pipeline(workload, slow)
+    assert pipeline.latency_s(slow) == pytest.approx(pipeline.built_latency_s)
+    assert pipeline.latency_s(other) <= build_pipeline(workload, other).built_latency_s + 1e-9
+    traced = build_pipeline(workload)
+    assert traced.built_latency_s == pytest.approx(workload.latency_s)
+    assert traced.fixed_s == pytest.approx(workload.tool_s)
+
+
+def test_the_papers_formula_on_a_sequence_is_the_sum_of_calls(make_execution):
+    workload = aggregate([make_execution("e", [("a", 0, 1), ("b", 1, 2), ("a", 2, 3)], tokens=(100, 10))])
+    speeds = {
+        "a": CallSpeed(fixed_s=0, input_s=0, output_s=0.1),
+        "b": CallSpeed(fixed_s=0, input_s=0.01, output_s=0),
+    }
+    assert paper_latency_s(workload, speeds) == pytest.approx(2 * 1.0 + 1.0)
+
+
+def test_bad_questions(workload, profiles):
+    for rate in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ScepsyError, match="must be a positive number"):
+            find_allocation(workload, profiles, rate_rps=rate, units=40, max_tensor_parallel_size=4)
+    with pytest.raises(ScepsyError, match="no profile for c"):
+        find_allocation(
+            workload, {"a": profiles["a"], "b": profiles["b"]}, rate_rps=1, units=9, max_tensor_parallel_size=1
+        )
+    with pytest.raises(ScepsyError, match="do not fit into 0.2 devices"):
+        highest_rate(workload, profiles, units=2, max_tensor_parallel_size=1)
+
+
+def test_even_split_gives_equal_parts(profiles, make_profile):
+    split = even_split(["a", "b", "c"], profiles, devices=8, max_tensor_parallel_size=8)
+    assert {llm: choice.units for llm, choice in split.items()} == {"a": 30, "b": 30, "c": 20}
+    big = {"a": make_profile("a", weights_gib=130.0)}
+    assert even_split(["a"], big, devices=4, max_tensor_parallel_size=4)["a"].tensor_parallel_size == 2
+    with pytest.raises(ScepsyError, match="needs a device for each of 3 LLMs"):
+        even_split(["a", "b", "c"], profiles, devices=2, max_tensor_parallel_size=2)
+    with pytest.raises(ScepsyError, match="does not fit into its even part"):
+        even_split(["a"], big, devices=1, max_tensor_parallel_size=1)

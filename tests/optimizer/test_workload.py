@@ -1,0 +1,63 @@
+import numpy as np
+import pytest
+
+from scepsy_optimizer.errors import ScepsyError
+from scepsy_optimizer.executions import Call, Execution, Span
+from scepsy_optimizer.workload import aggregate
+
+
+def test_a_sequence(make_execution):
+    workload = aggregate([make_execution("e", [("a", 0, 3), ("b", 3, 4), ("a", 5, 8)])])
+    a, b = workload.demands
+    assert (a.llm, b.llm) == ("a", "b")
+    assert (a.visits, b.visits) == (2, 1)
+    assert a.share == pytest.approx(6 / 7)
+    assert a.share_low == pytest.approx(a.share) == pytest.approx(a.share_high)
+    assert (a.critical_visits, b.critical_visits) == (2, 1)
+    assert a.parallelism == pytest.approx(1)
+    assert a.overlap == pytest.approx(1)
+    assert a.visits_by_role == {"r": 2}
+    assert workload.latency_s == pytest.approx(9)
+    assert workload.tool_s == pytest.approx(2)
+    assert a.longest_tokens == 600
+
+
+def test_fan_out_has_parallelism(make_execution):
+    workload = aggregate([make_execution("e", [("a", 0, 4), ("a", 0, 4), ("a", 0, 2)])])
+    (a,) = workload.demands
+    assert a.parallelism == pytest.approx(10 / 4)
+    # three run for two seconds, two for the next two: a running call sees (9 * 2 + 4 * 2) / 10
+    assert a.overlap == pytest.approx(2.6)
+    assert a.critical_visits == 1
+    assert a.visits == 3
+
+
+def test_the_share_is_sum_by_sum_and_its_interval_covers_it(make_execution):
+    runs = [make_execution(str(n), [("a", 0, 1 + n % 3), ("b", 10, 12)]) for n in range(60)]
+    workload = aggregate(runs, rng=np.random.default_rng(1))
+    a = workload.demand("a")
+    assert a.share == pytest.approx(2 / 4)
+    assert a.share_low < a.share < a.share_high
+    assert a.share_high - a.share_low < 0.15
+    assert a.share_cv > 0
+    assert sum(demand.share for demand in workload.demands) == pytest.approx(1)
+    assert workload == aggregate(runs, rng=np.random.default_rng(1))
+
+
+def test_queueing_is_not_service():
+    spans = (
+        Span(id="r", parent=None, name="w", kind="workflow", start_s=0, end_s=10),
+        Span(id="c", parent="r", name="a", kind="llm", start_s=0, end_s=10, call=Call(llm="a", queue_s=7)),
+    )
+    workload = aggregate([Execution(id="e", workflow="w", spans=spans)])
+    assert workload.demands[0].service_s == pytest.approx(3)
+
+
+def test_nothing_to_aggregate_is_an_error(make_execution):
+    with pytest.raises(ScepsyError, match="no executions"):
+        aggregate([])
+    root = Span(id="r", parent=None, name="w", kind="workflow", start_s=0, end_s=1)
+    with pytest.raises(ScepsyError, match="none of the 1 executions calls an LLM"):
+        aggregate([Execution(id="e", workflow="w", spans=(root,))])
+    with pytest.raises(ScepsyError, match="no call of 'x'; the traces call a"):
+        aggregate([make_execution("e", [("a", 0, 1)])]).demand("x")
