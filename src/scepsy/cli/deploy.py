@@ -1,0 +1,64 @@
+"""`scepsy deploy`: start a plan's engines behind one endpoint."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import threading
+from types import FrameType
+
+from rich.console import Console
+
+from scepsy.cli.options import add_engine, add_profiles, parse_command, parse_models
+from scepsy.deploy import deploy
+from scepsy.files import load_plan
+from scepsy.planning import resolve_profiles
+
+HELP = "start the engines of a plan behind one OpenAI-compatible endpoint"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("plan", metavar="PLAN", help="plan file, as scepsy optimize writes it")
+    add_engine(parser)
+    add_profiles(parser)
+    parser.add_argument("--detach", action="store_true", help="return when ready; end it with scepsy stop")
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    """Start, wait until told to end, stop."""
+    plan = load_plan(args.plan)
+    profiles = None
+    if args.engine == "emulator":
+        llms = [part.llm for part in plan.llms]
+        models = parse_models(args.model)
+        profiles = resolve_profiles(llms, plan.cluster.device_type, profiles=args.profiles, models=models)
+    deployment = deploy(
+        plan,
+        engine=args.engine,
+        profiles=profiles,
+        host=args.host,
+        port=args.port,
+        name=args.name,
+        command=parse_command(args.engine_command),
+        detach=args.detach,
+        on_event=lambda event: console.print(event, soft_wrap=True, markup=False, highlight=False),
+    )
+    console.print(f"ready: OPENAI_BASE_URL={deployment.url}", soft_wrap=True)
+    if args.detach:
+        console.print(f"end it with: scepsy stop {args.name}")
+        return 0
+    told = threading.Event()
+
+    def end(_signal: int, _frame: FrameType | None) -> None:
+        told.set()
+
+    previous = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        told.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        console.print("stopping")
+        deployment.stop()
+    return 0

@@ -1,0 +1,56 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Mapping, Sequence
+
+from scepsy_optimizer.errors import ScepsyError
+
+
+def add_traces(parser: argparse.ArgumentParser) -> None:
+    """The traces to read."""
+    parser.add_argument("traces", nargs="+", metavar="TRACES", help="trace files, or directories of them")
+
+
+def add_profiles(parser: argparse.ArgumentParser) -> None:
+    """Where profiles come from."""
+    parser.add_argument("--profiles", nargs="+", metavar="PATH", help="profile files, or directories of them")
+    parser.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="LLM=MODEL",
+        help="estimate LLM's profile from MODEL, a Hugging Face id or directory (needs scepsy[estimate])",
+    )
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """What to start, and where."""
+    parser.add_argument("--engine", choices=("vllm", "vllm-cpu", "emulator"), default="vllm", help="default: vllm")
+    parser.add_argument(
+        "--command",
+        dest="engine_command",
+        metavar="WORDS",
+        help='how to start one engine, such as "python -m vllm.entrypoints.openai.api_server"',
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address of the endpoint (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, help="port of the endpoint (default: 8000)")
+    parser.add_argument("--name", default="default", help="name of the deployment (default: default)")
+
+
+def parse_models(pairs: Sequence[str]) -> Mapping[str, str]:
+    """LLM=MODEL pairs as a mapping. Raises ScepsyError."""
+    models = {}
+    for pair in pairs:
+        llm, equals, model = pair.partition("=")
+        if not (llm and equals and model):
+            raise ScepsyError(f"--model {pair!r}: write LLM=MODEL, such as generator=Qwen/Qwen3-8B")
+        models[llm] = model
+    return models
+
+
+def parse_command(words: str | None) -> list[str] | None:
+    """An engine command as a list of words."""
+    return None if words is None else shlex.split(words)

@@ -1,0 +1,97 @@
+"""Workloads and plans as tables for a terminal."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from scepsy_optimizer.plan import LLMPlan, Plan
+from scepsy_optimizer.workload import Workload
+
+
+def workload_table(workload: Workload) -> Table:
+    """One row per LLM: what a mean execution asks of it, its share and the share's interval."""
+    counts = ", ".join(f"{count} {workflow}" for workflow, count in workload.workflows.items())
+    table = Table(
+        title=f"{workload.executions} executions ({counts})",
+        caption=(
+            f"mean latency {workload.latency_s:.2f} s (cv {workload.latency_cv:.2f}), "
+            f"of which {workload.tool_s:.2f} s outside LLMs"
+        ),
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("LLM")
+    for column in ("calls", "on critical path", "in parallel", "tokens in", "tokens out", "time (s)"):
+        table.add_column(column, justify="right")
+    table.add_column("share (95 % interval)", justify="right")
+    for demand in workload.demands:
+        table.add_row(
+            demand.llm,
+            f"{demand.visits:.1f}",
+            f"{demand.critical_visits:.1f}",
+            f"{demand.parallelism:.1f}",
+            f"{demand.input_tokens:.0f}",
+            f"{demand.output_tokens:.0f}",
+            f"{demand.service_s:.2f}",
+            f"{demand.share:.1%} ({demand.share_low:.1%} to {demand.share_high:.1%})",
+        )
+    return table
+
+
+def plan_table(plan: Plan) -> Table:
+    """One row per LLM: what it gets, where, and what is predicted of it; the caption has the whole's prediction."""
+    table = Table(
+        title=f"plan for {plan.rate_rps:g} executions/s on {plan.cluster.devices} {plan.cluster.device_type}",
+        caption=describe_prediction(plan),
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("LLM")
+    table.add_column("model")
+    table.add_column("each replica")
+    for column in ("replicas", "devices", "calls/s", "load", "s/call"):
+        table.add_column(column, justify="right")
+    table.add_column("where")
+    for part in plan.llms:
+        table.add_row(
+            part.llm,
+            part.model,
+            replica_words(part),
+            str(part.replicas),
+            f"{part.device_count:g}",
+            f"{part.rate_rps:.1f}",
+            f"{part.utilisation:.0%}",
+            f"{part.predicted_call_s:.3f}",
+            _where(plan, part),
+        )
+    return table
+
+
+def replica_words(part: LLMPlan) -> str:
+    """What one replica of an LLM gets, such as "2 devices (TP 2)" or "1/5 device"."""
+    if part.fraction < 1:
+        return f"{part.fraction:g} of a device"
+    if part.tensor_parallel_size == 1:
+        return "1 device"
+    return f"{part.tensor_parallel_size} devices (TP {part.tensor_parallel_size})"
+
+
+def describe_prediction(plan: Plan) -> str:
+    """The prediction of a plan in one line."""
+    prediction = plan.prediction
+    if prediction is None:
+        return "no prediction"
+    words = f"predicted latency {prediction.latency_s:.2f} s, up to {prediction.max_rate_rps:.2f}/s"
+    words += f" (bottleneck {prediction.bottleneck})"
+    if prediction.lower_bound_s > 0:
+        words += f"; no allocation is under {prediction.lower_bound_s:.2f} s (gap {prediction.gap:.1%})"
+    return words
+
+
+def _where(plan: Plan, part: LLMPlan) -> str:
+    """Devices of the slots, with the node's name where there are several nodes."""
+    prefix = len(plan.cluster.nodes) > 1
+    words = ["+".join(str(device) for device in slot.devices) for slot in part.slots]
+    if prefix:
+        words = [f"{slot.node}:{word}" for slot, word in zip(part.slots, words, strict=True)]
+    return " ".join(words) if len(words) <= 12 else f"{' '.join(words[:12])} ... ({len(words)} slots)"
