@@ -11,7 +11,7 @@ from scepsy_optimizer.cluster import Cluster
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.pipeline import build_pipeline, workflow_latencies_s
 from scepsy_optimizer.placement import place
-from scepsy_optimizer.plan import LLMPlan, Plan, Prediction
+from scepsy_optimizer.plan import LLMPlan, Plan, Prediction, Slot
 from scepsy_optimizer.profile import LLMProfile
 from scepsy_optimizer.search import find_allocation, highest_rate
 from scepsy_optimizer.workload import Workload
@@ -94,6 +94,18 @@ def predict(
     return plan
 
 
+def hand_made_plan(choices: Mapping[str, Choice], profiles: Mapping[str, LLMProfile], cluster: Cluster) -> Plan:
+    """A plan of a given allocation without any workload to predict from, to start engines before anything is traced.
+
+    Raises ScepsyError where it cannot be placed.
+    """
+    slots = place(choices, cluster)
+    if slots is None:
+        raise ScepsyError(f"the allocation does not fit on {cluster.devices} devices: {describe_choices(choices)}")
+    parts = tuple(_part(llm, profiles[llm], choice, slots[llm]) for llm, choice in choices.items())
+    return Plan(cluster=cluster, rate_rps=0.0, llms=parts, provenance={"allocation": "made by hand"})
+
+
 def describe_choices(choices: Mapping[str, Choice]) -> str:
     """An allocation in words."""
     return "; ".join(
@@ -138,20 +150,11 @@ def _build(
     bottleneck = min(limits, key=lambda llm: limits[llm])
     parts = []
     for demand in workload.demands:
-        profile, option = profiles[demand.llm], options[demand.llm]
+        option = options[demand.llm]
         computed = max(1.0, demand.input_tokens - demand.cached_tokens)
         parts.append(
-            LLMPlan(
-                llm=demand.llm,
-                model=profile.model,
-                tensor_parallel_size=option.choice.tensor_parallel_size,
-                fraction=float(option.choice.fraction),
-                replicas=option.choice.replicas,
-                slots=slots[demand.llm],
-                max_num_seqs=profile.max_num_seqs,
-                max_num_batched_tokens=profile.max_num_batched_tokens,
-                max_model_len=min(profile.max_model_len, profile.kv_tokens(*_kind(option.choice))),
-                gpu_memory_utilization=profile.gpu_memory_utilization,
+            replace(
+                _part(demand.llm, profiles[demand.llm], option.choice, slots[demand.llm]),
                 rate_rps=rate_rps * demand.visits,
                 predicted_call_s=option.speed.call_s(computed, max(1.0, demand.output_tokens)),
                 utilisation=option.utilisation,
@@ -175,8 +178,21 @@ def _build(
     )
 
 
-def _kind(choice: Choice) -> tuple[int, float]:
-    return choice.tensor_parallel_size, float(choice.fraction)
+def _part(llm: str, profile: LLMProfile, choice: Choice, slots: tuple[Slot, ...]) -> LLMPlan:
+    """One LLM's part without a prediction; a replica accepts no longer context than its KV cache holds."""
+    kv_tokens = profile.kv_tokens(choice.tensor_parallel_size, float(choice.fraction))
+    return LLMPlan(
+        llm=llm,
+        model=profile.model,
+        tensor_parallel_size=choice.tensor_parallel_size,
+        fraction=float(choice.fraction),
+        replicas=choice.replicas,
+        slots=slots,
+        max_num_seqs=profile.max_num_seqs,
+        max_num_batched_tokens=profile.max_num_batched_tokens,
+        max_model_len=min(profile.max_model_len, kv_tokens),
+        gpu_memory_utilization=profile.gpu_memory_utilization,
+    )
 
 
 def _check_devices(workload: Workload, profiles: Mapping[str, LLMProfile], cluster: Cluster) -> None:

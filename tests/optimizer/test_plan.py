@@ -10,7 +10,7 @@ from scepsy_optimizer.cluster import Cluster, Node, parse_cluster
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.placement import check_placement, place
 from scepsy_optimizer.plan import LLMPlan, Plan, Slot
-from scepsy_optimizer.planner import describe_choices, optimize, plan_choices, predict
+from scepsy_optimizer.planner import describe_choices, hand_made_plan, optimize, plan_choices, predict
 from scepsy_optimizer.workload import aggregate
 
 
@@ -135,6 +135,15 @@ def test_the_plan_is_at_least_as_good_as_an_even_split(workload, profiles):
         assert ours is not None
         assert theirs is not None
         assert ours.latency_s <= theirs.latency_s * (1 + 1e-9)
+
+
+def test_a_hand_made_plan_needs_no_workload(profiles):
+    plan = hand_made_plan({"a": whole(2), "b": part(5, 2)}, profiles, parse_cluster("4xH100"))
+    assert check_placement(plan) == []
+    assert plan.prediction is None
+    assert plan.part("b").max_model_len <= plan.part("a").max_model_len == 32768
+    with pytest.raises(ScepsyError, match="does not fit on 1 devices"):
+        hand_made_plan({"a": whole(2)}, profiles, parse_cluster("1xH100"))
 
 
 def test_domains_that_groups_do_not_fill_lead_to_a_smaller_plan(workload, make_profile):
