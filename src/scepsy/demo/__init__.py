@@ -1,0 +1,1 @@
+"""The demonstration: the whole loop on emulated devices, with the example workflows as the load."""
