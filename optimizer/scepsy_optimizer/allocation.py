@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
+from numpy.typing import NDArray
 
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.profile import LLMProfile
 from scepsy_optimizer.replica import CallShape, CallSpeed, loaded_speeds, saturation_rps
 from scepsy_optimizer.workload import LLMDemand
+
+Ints = NDArray[np.int_]
+Floats = NDArray[np.float64]
 
 UNITS_PER_DEVICE = 10
 """Devices are divided into tenths; every offered fraction is a whole number of them."""
@@ -50,6 +54,40 @@ class Option:
     max_rps: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class OptionTable:
+    """The options of one LLM as columns, one row each, in the order of rising units.
+
+    `speeds` has the columns of `CallSpeed`: fixed_s, input_s, output_s. Columns rather than objects, because an LLM has
+    thousands of options on a large cluster.
+    """
+
+    tensor_parallel_size: Ints
+    tenths: Ints
+    replicas: Ints
+    units: Ints
+    speeds: Floats
+    utilisation: Floats
+    max_rps: Floats
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    def option(self, row: int) -> Option:
+        """One row as a value."""
+        fixed_s, input_s, output_s = (float(value) for value in self.speeds[row])
+        return Option(
+            choice=Choice(
+                tensor_parallel_size=int(self.tensor_parallel_size[row]),
+                fraction=Fraction(int(self.tenths[row]), UNITS_PER_DEVICE),
+                replicas=int(self.replicas[row]),
+            ),
+            speed=CallSpeed(fixed_s=fixed_s, input_s=input_s, output_s=output_s),
+            utilisation=float(self.utilisation[row]),
+            max_rps=float(self.max_rps[row]),
+        )
+
+
 def replica_kinds(
     profile: LLMProfile, *, max_tensor_parallel_size: int, fractions: Sequence[Fraction] = FRACTIONS
 ) -> list[tuple[int, Fraction]]:
@@ -71,10 +109,10 @@ def list_options(
     max_units: int,
     max_tensor_parallel_size: int,
     max_utilisation: float = MAX_UTILISATION,
-) -> list[Option]:
+) -> OptionTable:
     """Every option of one LLM that carries `calls_rps` within `max_utilisation` and `max_units` tenths of a device."""
     shape = CallShape.of(demand)
-    found = []
+    tables = [_NO_OPTIONS]
     for size, fraction in replica_kinds(profile, max_tensor_parallel_size=max_tensor_parallel_size):
         saturation = saturation_rps(profile, size, float(fraction), shape)
         if saturation == 0:
@@ -82,10 +120,11 @@ def list_options(
         units = int(size * fraction * UNITS_PER_DEVICE)
         fewest = max(1, int(np.ceil(calls_rps / (saturation * max_utilisation) - 1e-9)))
         counts = np.arange(fewest, max_units // units + 1)
-        if len(counts) == 0:
-            continue
-        found += _options(profile, size, fraction, shape, calls_rps, counts, saturation * max_utilisation)
-    return found
+        if len(counts):
+            tables.append(_options(profile, size, fraction, shape, calls_rps, counts, saturation * max_utilisation))
+    order = np.argsort(np.concatenate([table.units for table in tables]), kind="stable")
+    columns = {name: np.concatenate([getattr(table, name) for table in tables])[order] for name in _COLUMNS}
+    return OptionTable(**columns)
 
 
 def evaluate_choice(
@@ -109,8 +148,8 @@ def evaluate_choice(
             f"{profile.device_type} of {profile.device_memory_gib:g} GiB: give it more memory or tensor parallelism"
         )
     counts = np.array([choice.replicas])
-    sizes = (choice.tensor_parallel_size, choice.fraction)
-    return _options(profile, *sizes, shape, calls_rps, counts, saturation * max_utilisation)[0]
+    size, share = choice.tensor_parallel_size, choice.fraction
+    return _options(profile, size, share, shape, calls_rps, counts, saturation * max_utilisation).option(0)
 
 
 def _options(
@@ -119,25 +158,31 @@ def _options(
     fraction: Fraction,
     shape: CallShape,
     calls_rps: float,
-    counts: np.ndarray[tuple[int], np.dtype[np.int_]],
+    counts: Ints,
     replica_rps: float,
-) -> list[Option]:
+) -> OptionTable:
     """One option per number of replicas; siblings of one execution spread evenly over the replicas."""
     overlaps = 1 + (shape.overlap - 1) / counts
-    speeds = loaded_speeds(profile, tensor_parallel_size, float(fraction), shape, calls_rps / counts, overlaps)
-    return [
-        Option(
-            choice=Choice(tensor_parallel_size=tensor_parallel_size, fraction=fraction, replicas=int(count)),
-            speed=CallSpeed(
-                fixed_s=float(speeds.fixed_s[index]),
-                input_s=float(speeds.input_s[index]),
-                output_s=float(speeds.output_s[index]),
-            ),
-            utilisation=float(speeds.utilisation[index]),
-            max_rps=float(count) * replica_rps,
-        )
-        for index, count in enumerate(counts)
-    ]
+    loaded = loaded_speeds(profile, tensor_parallel_size, float(fraction), shape, calls_rps / counts, overlaps)
+    tenths = int(fraction * UNITS_PER_DEVICE)
+    return OptionTable(
+        tensor_parallel_size=np.full(len(counts), tensor_parallel_size),
+        tenths=np.full(len(counts), tenths),
+        replicas=counts,
+        units=counts * tensor_parallel_size * tenths,
+        speeds=np.column_stack([loaded.fixed_s, loaded.input_s, loaded.output_s]),
+        utilisation=loaded.utilisation,
+        max_rps=counts.astype(float) * replica_rps,
+    )
+
+
+_COLUMNS = ("tensor_parallel_size", "tenths", "replicas", "units", "speeds", "utilisation", "max_rps")
+_NO_OPTIONS = OptionTable(
+    **{name: np.zeros(0, dtype=int) for name in _COLUMNS[:4]},
+    speeds=np.zeros((0, 3)),
+    utilisation=np.zeros(0),
+    max_rps=np.zeros(0),
+)
 
 
 def even_split(

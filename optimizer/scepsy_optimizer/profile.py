@@ -6,6 +6,9 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from scepsy_optimizer.errors import ScepsyError
 
 GIB = 1 << 30
@@ -173,6 +176,16 @@ class StepClock:
     def prefill_s(self, tokens: float) -> float:
         """Time of one step that only computes that many prompt tokens, without the host's part."""
         return interpolate(tokens, self._steps.prefill_tokens, self._steps.prefill_s) * self._prefill_factor
+
+    def prefill_times_s(self, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
+        """`prefill_s` of many token counts at once."""
+        grid, times = np.array(self._steps.prefill_tokens, dtype=float), np.array(self._steps.prefill_s)
+        found: NDArray[np.float64] = np.interp(tokens, grid, times)
+        if len(grid) > 1:
+            slope = (times[-1] - times[-2]) / (grid[-1] - grid[-2])
+            found = np.where(tokens > grid[-1], times[-1] + slope * (tokens - grid[-1]), found)
+        times_s: NDArray[np.float64] = found * self._prefill_factor
+        return times_s
 
     def step_s(self, decoding: int, context_tokens: float, prefill_tokens: int) -> float:
         """Time of one engine step: `decoding` sequences at their mean context plus a chunk of new prompt tokens."""

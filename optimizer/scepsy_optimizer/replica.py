@@ -143,8 +143,11 @@ def loaded_speeds(
     # Poisson arrivals find the engine idle when none of the calls in flight from other executions is there.
     occupied = -np.expm1(-rates * ((tokens - 1) * decode_s + work_s))
     together = prompt * np.minimum(np.maximum(overlaps, 1.0), limit)
-    input_s = np.array([_slope(clock, float(total)) for total in np.atleast_1d(together)]) * (together / prompt)
-    prefill_s = np.array([clock.prefill_s(float(total)) for total in np.atleast_1d(together)])
+    span = np.maximum(1.0, together / 4)
+    low = np.maximum(1.0, together - span)
+    slope = (clock.prefill_times_s(together + span) - clock.prefill_times_s(low)) / (together + span - low)
+    input_s = slope * (together / prompt)
+    prefill_s = clock.prefill_times_s(together)
     behind_s = occupied * np.maximum(0.0, 1.5 * step_s(batch) - clock.overlap_s)
     first_s = clock.host_s + prefill_s + behind_s + work_s * busy / (2 * (1 - busy))
     fixed_s = first_s - input_s * prompt - decode_s
@@ -179,10 +182,3 @@ def _batch(own: Array, others_per_step_s: Array, step_s: Callable[[Array], Array
         short = middle < own + others_per_step_s * step_s(middle)
         low, high = np.where(short, middle, low), np.where(short, high, middle)
     return high
-
-
-def _slope(clock: StepClock, tokens: float) -> float:
-    """Prefill time per further prompt token, around that many tokens."""
-    span = max(1.0, tokens / 4)
-    low = max(1.0, tokens - span)
-    return (clock.prefill_s(tokens + span) - clock.prefill_s(low)) / (tokens + span - low)

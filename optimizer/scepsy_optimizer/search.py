@@ -8,13 +8,21 @@ bound and allocation meet, or nothing new comes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from scepsy_optimizer.allocation import MAX_UTILISATION, Choice, Option, list_options, replica_kinds
+from scepsy_optimizer.allocation import (
+    MAX_UTILISATION,
+    Choice,
+    Option,
+    OptionTable,
+    list_options,
+    replica_kinds,
+)
 from scepsy_optimizer.errors import ScepsyError
+from scepsy_optimizer.knapsack import solve
 from scepsy_optimizer.pipeline import Pipeline, build_pipeline
 from scepsy_optimizer.profile import LLMProfile
 from scepsy_optimizer.replica import CallShape, saturation_rps
@@ -48,16 +56,14 @@ def find_allocation(
     without a profile.
     """
     _check(workload, profiles, rate_rps)
-    options = {
-        demand.llm: _pareto(
-            list_options(
-                demand,
-                profiles[demand.llm],
-                calls_rps=rate_rps * demand.visits,
-                max_units=units,
-                max_tensor_parallel_size=max_tensor_parallel_size,
-                max_utilisation=max_utilisation,
-            )
+    tables = {
+        demand.llm: list_options(
+            demand,
+            profiles[demand.llm],
+            calls_rps=rate_rps * demand.visits,
+            max_units=units,
+            max_tensor_parallel_size=max_tensor_parallel_size,
+            max_utilisation=max_utilisation,
         )
         for demand in workload.demands
     }
@@ -66,7 +72,7 @@ def find_allocation(
     best: tuple[float, dict[str, Option]] | None = None
     seen: set[tuple[Choice, ...]] = set()
     for _ in range(_MAX_CUTS):
-        found = solve_knapsack(pipeline, options, units)
+        found = _solve(pipeline, tables, units)
         if found is None:
             return None
         chosen, linear_s = found
@@ -82,39 +88,18 @@ def find_allocation(
     return Allocation(options=best[1], latency_s=best[0], lower_bound_s=min(bound_s, best[0]))
 
 
-def solve_knapsack(
-    pipeline: Pipeline, options: Mapping[str, Sequence[Option]], units: int
-) -> tuple[dict[str, Option], float] | None:
-    """The option of each LLM that minimises the pipeline's latency within the units, and that latency; exact.
-
-    Of several optima, one with the fewest units. Returns None where some LLM has no option or they do not fit together.
-    """
-    best = np.zeros(units + 1)
-    picks: list[np.ndarray[tuple[int], np.dtype[np.int_]]] = []
-    for stage in pipeline.stages:
-        offered = options[stage.llm]
-        nxt = np.full(units + 1, np.inf)
-        pick = np.full(units + 1, -1)
-        for index, option in enumerate(offered):
-            cost, size = stage.latency_s(option.speed), option.choice.units
-            if size > units:
-                continue
-            candidate = best[: units + 1 - size] + cost
-            better = candidate < nxt[size:]
-            nxt[size:][better] = candidate[better]
-            pick[size:][better] = index
-        best = nxt
-        picks.append(pick)
-    if not np.isfinite(best[units]):
+def _solve(pipeline: Pipeline, tables: Mapping[str, OptionTable], units: int) -> tuple[dict[str, Option], float] | None:
+    """The option of each LLM that minimises the pipeline's latency within the units, and that latency; exact."""
+    offered = [tables[stage.llm] for stage in pipeline.stages]
+    costs = [
+        table.speeds @ np.array([stage.calls, stage.input_tokens, stage.output_tokens])
+        for stage, table in zip(pipeline.stages, offered, strict=True)
+    ]
+    packing = solve([table.units for table in offered], costs, units)
+    if packing is None:
         return None
-    # `best` never rises with the units, so its first minimum uses the fewest.
-    left = int(np.argmin(best > best[units] * (1 + 1e-12)))
-    chosen: dict[str, Option] = {}
-    for stage, pick in zip(reversed(pipeline.stages), reversed(picks), strict=True):
-        option = options[stage.llm][int(pick[left])]
-        chosen[stage.llm] = option
-        left -= option.choice.units
-    return {stage.llm: chosen[stage.llm] for stage in pipeline.stages}, float(best[units]) + pipeline.fixed_s
+    chosen = zip(pipeline.stages, offered, packing.rows, strict=True)
+    return {stage.llm: table.option(row) for stage, table, row in chosen}, packing.cost + pipeline.fixed_s
 
 
 def highest_rate(
@@ -185,22 +170,6 @@ def _unit_need(
         return min(float(units * max(1, np.ceil(calls_rps / capacity - 1e-9))) for capacity, units in kinds)
 
     return need
-
-
-def _pareto(options: Sequence[Option]) -> list[Option]:
-    """Without the options that another one beats, or equals, in units and in every part of the speed."""
-    kept: list[Option] = []
-    ordered = sorted(options, key=lambda option: (option.choice.units, option.speed.output_s, option.speed.fixed_s))
-    for option in ordered:
-        speed = option.speed
-        if not any(
-            other.speed.fixed_s <= speed.fixed_s
-            and other.speed.input_s <= speed.input_s
-            and other.speed.output_s <= speed.output_s
-            for other in kept
-        ):
-            kept.append(option)
-    return kept
 
 
 def _check(workload: Workload, profiles: Mapping[str, LLMProfile], rate_rps: float) -> None:

@@ -1,79 +1,17 @@
 """The search against exhaustive enumeration, HiGHS, and its own certificate."""
 
 import itertools
-from fractions import Fraction
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import LinearConstraint, milp
 
-from scepsy_optimizer.allocation import Choice, Option, even_split, list_options
+from scepsy_optimizer.allocation import even_split, list_options
 from scepsy_optimizer.errors import ScepsyError
-from scepsy_optimizer.pipeline import Pipeline, Stage, build_pipeline, paper_latency_s
+from scepsy_optimizer.pipeline import build_pipeline, paper_latency_s
 from scepsy_optimizer.replica import CallSpeed
-from scepsy_optimizer.search import find_allocation, highest_rate, solve_knapsack
+from scepsy_optimizer.search import find_allocation, highest_rate
 from scepsy_optimizer.workload import aggregate
-
-
-def option(units, cost):
-    choice = Choice(tensor_parallel_size=1, fraction=Fraction(1, 10), replicas=units)
-    return Option(choice=choice, speed=CallSpeed(fixed_s=cost, input_s=0, output_s=0), utilisation=0, max_rps=1)
-
-
-def pipeline_of(count):
-    stages = tuple(Stage(llm=str(index), calls=1, input_tokens=0, output_tokens=0) for index in range(count))
-    return Pipeline(stages=stages, fixed_s=0.5, built_latency_s=0)
-
-
-OFFERS = st.lists(
-    st.lists(st.tuples(st.integers(1, 12), st.integers(1, 50)), min_size=1, max_size=6), min_size=1, max_size=4
-)
-
-
-@given(OFFERS, st.integers(1, 30))
-def test_the_knapsack_equals_exhaustive_search(offers, units):
-    options = {str(index): [option(*offer) for offer in listed] for index, listed in enumerate(offers)}
-    feasible = [
-        (sum(cost for _, cost in chosen), sum(size for size, _ in chosen))
-        for chosen in itertools.product(*offers)
-        if sum(size for size, _ in chosen) <= units
-    ]
-    found = solve_knapsack(pipeline_of(len(offers)), options, units)
-    if not feasible:
-        assert found is None
-        return
-    assert found is not None
-    chosen, latency = found
-    cost, size = min(feasible)
-    assert latency == pytest.approx(cost + 0.5)
-    assert sum(picked.choice.units for picked in chosen.values()) == size
-    assert sum(picked.speed.fixed_s for picked in chosen.values()) == pytest.approx(cost)
-
-
-def test_the_knapsack_equals_highs_on_a_large_case():
-    rng = np.random.default_rng(3)
-    offers = [
-        [(int(size), float(cost)) for size, cost in zip(rng.integers(1, 80, 40), rng.uniform(1, 50, 40), strict=True)]
-        for _ in range(12)
-    ]
-    units = 300
-    options = {str(index): [option(*offer) for offer in listed] for index, listed in enumerate(offers)}
-    found = solve_knapsack(pipeline_of(len(offers)), options, units)
-    assert found is not None
-    flat = [(group, *offer) for group, listed in enumerate(offers) for offer in listed]
-    one_each = np.array([[float(group == row) for group, _, _ in flat] for row in range(len(offers))])
-    solution = milp(
-        [cost for _, _, cost in flat],
-        integrality=np.ones(len(flat)),
-        bounds=(0, 1),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(np.array([[size for _, size, _ in flat]]), 0, units),
-        ],
-    )
-    assert found[1] == pytest.approx(solution.fun + 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -99,18 +37,19 @@ def profiles(make_profile):
 def exhaustive(workload, profiles, rate, units, size):
     """The best true mean makespan over every combination of options."""
     offers = [
-        [
-            (demand.llm, offer)
-            for offer in list_options(
+        (
+            demand.llm,
+            list_options(
                 demand,
                 profiles[demand.llm],
                 calls_rps=rate * demand.visits,
                 max_units=units,
                 max_tensor_parallel_size=size,
-            )
-        ]
+            ),
+        )
         for demand in workload.demands
     ]
+    offers = [[(llm, table.option(row)) for row in range(len(table))] for llm, table in offers]
     best = float("inf")
     for chosen in itertools.product(*offers):
         if sum(offer.choice.units for _, offer in chosen) <= units:
