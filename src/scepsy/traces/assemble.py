@@ -1,0 +1,326 @@
+"""The records of one trace become one execution.
+
+Who counts as a call: the innermost LLM span. An LLM span around another one is a wrapper (a framework's span around its
+client's), and the request or engine span below one is detail; both lend what the call itself does not tell, and go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final
+
+from scepsy.traces.records import LLM, SERVER, STEP, TRANSPORT, WORKFLOW, SpanRecord, Tally
+from scepsy_optimizer.executions import Call, Execution, Span
+
+NO_ROOT: Final = "executions without their root span (still running, cut off, or sampled out)"
+UNENDED_ROOT: Final = "executions whose root span has no end"
+FAILED_ROOT: Final = "executions that failed"
+FAILED_CALL: Final = "calls that failed or were cancelled (their time stays, as a step)"
+UNENDED_CALL: Final = "calls without an end (their time stays, as a step)"
+NAMELESS_CALL: Final = "calls without a model name (their time stays, as a step)"
+DUPLICATE: Final = "spans that came twice"
+CIRCLE: Final = "spans in a circle of parents"
+
+ORPHAN: Final = "spans whose parent is missing, put under the root"
+BACKWARDS: Final = "spans that ended before they started, taken as instants"
+UNENDED: Final = "steps without an end, ended with their parent"
+SKEWED: Final = "spans moved into their parent on another host, whose clock differs"
+UNCOUNTED: Final = "calls without token counts"
+
+_CALL_LIKE = frozenset({LLM, TRANSPORT, SERVER})
+
+
+class _Node:
+    """A record in the tree of its trace, and what becomes of it."""
+
+    __slots__ = ("absorbed", "call", "calls_below", "children", "end_ns", "gone", "parent", "record", "start_ns")
+
+    def __init__(self, record: SpanRecord) -> None:
+        self.record = record
+        self.parent: _Node | None = None
+        self.children: list[_Node] = []
+        self.start_ns = record.start_ns
+        self.end_ns = record.end_ns
+        self.calls_below = 0
+        self.call = False
+        self.gone = False
+        self.absorbed: _Node | None = None
+        """The call that this span is a detail of."""
+
+
+def assemble(
+    trace: str, records: Sequence[SpanRecord], *, name_llm: Callable[[str, str], str], tally: Tally
+) -> Execution | None:
+    """The execution that the records of `trace` tell of, or None if it is left out; `tally` gets the reason.
+
+    `name_llm` names the LLM that serves a model at an endpoint.
+    """
+    nodes = _unique(records, tally)
+    roots = _link(nodes, tally)
+    if not roots:
+        tally.dropped[NO_ROOT] += 1
+        return None
+    if any(root.end_ns <= 0 for root in roots):
+        tally.dropped[UNENDED_ROOT] += 1
+        return None
+    if any(root.record.failed and root.record.kind not in _CALL_LIKE for root in roots):
+        tally.dropped[FAILED_ROOT] += 1
+        return None
+    order = list(_preorder(roots))
+    if len(order) < len(nodes):
+        tally.dropped[CIRCLE] += len(nodes) - len(order)
+    _mend_times(order, tally)
+    _find_calls(order)
+    return _execution(trace, roots, order, name_llm, tally)
+
+
+def _unique(records: Sequence[SpanRecord], tally: Tally) -> dict[str, _Node]:
+    nodes: dict[str, _Node] = {}
+    for record in records:
+        if record.id in nodes:
+            tally.dropped[DUPLICATE] += 1
+        else:
+            nodes[record.id] = _Node(record)
+    return nodes
+
+
+def _link(nodes: dict[str, _Node], tally: Tally) -> list[_Node]:
+    """Join children to parents and return the roots, none of them if the trace is cut off above."""
+    roots, orphans = [], []
+    for node in nodes.values():
+        parent = nodes.get(node.record.parent)
+        if parent is not None and parent is not node:
+            node.parent = parent
+            parent.children.append(node)
+        elif node.record.parent:
+            orphans.append(node)
+        else:
+            roots.append(node)
+    if not roots:
+        # The parent of a whole execution may be somebody else's: of a web server's client that exports elsewhere. A
+        # missing parent of this process, though, is one that never ended.
+        roots = [node for node in orphans if node.record.remote_parent or node.record.kind == SERVER]
+        orphans = [node for node in orphans if not (node.record.remote_parent or node.record.kind == SERVER)]
+    if roots and orphans:
+        tally.repaired[ORPHAN] += len(orphans)
+        root = min(roots, key=lambda node: node.start_ns)
+        for orphan in orphans:
+            orphan.parent = root
+            root.children.append(orphan)
+    return roots
+
+
+def _preorder(roots: Sequence[_Node]) -> Iterator[_Node]:
+    """Every parent before its children, and siblings in the order of their start."""
+    stack = sorted(roots, key=_latest_first)
+    while stack:
+        node = stack.pop()
+        yield node
+        node.children.sort(key=_latest_first)
+        stack.extend(node.children)
+
+
+def _latest_first(node: _Node) -> tuple[int, int, str]:
+    return (-node.start_ns, -node.end_ns, node.record.id)
+
+
+def _mend_times(order: Sequence[_Node], tally: Tally) -> None:
+    """Give every span an interval that makes sense beside its parent's."""
+    moved_ns: dict[str, int] = {}
+    for node in order:
+        record, parent = node.record, node.parent
+        shift_ns = moved_ns.get(parent.record.id, 0) if parent is not None else 0
+        if parent is not None and node.end_ns <= 0:
+            node.end_ns = max(parent.end_ns - shift_ns, node.start_ns)
+            if record.kind not in _CALL_LIKE:
+                tally.repaired[UNENDED] += 1
+        elif node.end_ns < node.start_ns:
+            tally.repaired[BACKWARDS] += 1
+            node.end_ns = node.start_ns
+        node.start_ns += shift_ns
+        node.end_ns += shift_ns
+        if parent is not None and record.remote_parent and record.kind != SERVER:
+            inside = parent.start_ns <= node.start_ns and node.end_ns <= parent.end_ns
+            slack_ns = (parent.end_ns - parent.start_ns) - (node.end_ns - node.start_ns)
+            if not inside and slack_ns >= 0:
+                # Its clock is off by an unknown amount: request and answer are taken to travel equally long.
+                tally.repaired[SKEWED] += 1
+                extra_ns = parent.start_ns + slack_ns // 2 - node.start_ns
+                node.start_ns += extra_ns
+                node.end_ns += extra_ns
+                shift_ns += extra_ns
+        if shift_ns:
+            moved_ns[record.id] = shift_ns
+
+
+def _find_calls(order: Sequence[_Node]) -> None:
+    """Mark the calls, the wrappers that go, and the details that calls absorb."""
+    for node in reversed(order):
+        found = max(node.calls_below, node.record.kind == LLM)
+        if node.parent is not None:
+            node.parent.calls_below += found
+    for node in order:
+        kind, parent = node.record.kind, node.parent
+        if parent is not None and parent.absorbed is not None:
+            node.absorbed = parent.absorbed
+            node.gone = True
+        elif kind == LLM and node.calls_below == 0:
+            node.call = True
+            node.absorbed = node
+        elif kind in (TRANSPORT, SERVER) and node.calls_below == 0:
+            if parent is not None and parent.gone:
+                node.gone = True
+            else:
+                node.call = True
+                node.absorbed = node
+        elif kind in _CALL_LIKE:
+            node.gone = node.calls_below == 1 and _wraps_directly(node)
+
+
+def _wraps_directly(node: _Node) -> bool:
+    """Whether nothing but LLM spans lies between this one and the only call below it."""
+    while node.calls_below:
+        found = [child for child in node.children if child.calls_below or child.record.kind == LLM]
+        if found[0].record.kind not in _CALL_LIKE:
+            return False
+        node = found[0]
+    return True
+
+
+def _execution(
+    trace: str, roots: Sequence[_Node], order: Sequence[_Node], name_llm: Callable[[str, str], str], tally: Tally
+) -> Execution:
+    workflow = _workflow_name(order)
+    kept = [node for node in order if not node.gone]
+    tops = [node for node in kept if _kept_parent(node) is None]
+    start_ns = min(root.start_ns for root in roots)
+    spans: list[Span] = []
+    above = None
+    if len(tops) != 1 or tops[0].call:
+        end_ns = max(root.end_ns for root in roots)
+        above = "root" if all(node.record.id != "root" for node in order) else f"root of {trace}"
+        spans.append(
+            Span(id=above, parent=None, name=workflow, kind=WORKFLOW, start_s=0.0, end_s=(end_ns - start_ns) / 1e9)
+        )
+    lent = _lent(order)
+    for node in kept:
+        parent = _kept_parent(node)
+        record = node.record
+        call = _call(node, lent.get(record.id, ()), name_llm, tally) if node.call else None
+        kind = LLM if call is not None else STEP if record.kind in _CALL_LIKE else record.kind
+        spans.append(
+            Span(
+                id=record.id,
+                parent=above if parent is None else parent.record.id,
+                name=record.name,
+                kind=kind,
+                start_s=(node.start_ns - start_ns) / 1e9,
+                end_s=(node.end_ns - start_ns) / 1e9,
+                call=call,
+            )
+        )
+    return Execution(id=trace, workflow=workflow, spans=tuple(spans))
+
+
+def _workflow_name(order: Sequence[_Node]) -> str:
+    """The name that a span gives the workflow, else the outermost workflow span's, else the root's."""
+    depth: dict[str, int] = {}
+    best: tuple[int, int] | None = None
+    name = ""
+    for node in order:
+        level = depth[node.parent.record.id] + 1 if node.parent is not None else 0
+        depth[node.record.id] = level
+        given = node.record.workflow or (node.record.label if node.record.kind == WORKFLOW else "")
+        if given and (best is None or (level, node.start_ns) < best):
+            best, name = (level, node.start_ns), given
+    return name or order[0].record.label or order[0].record.name
+
+
+def _kept_parent(node: _Node) -> _Node | None:
+    above = node.parent
+    while above is not None and above.gone:
+        above = above.parent
+    return above
+
+
+def _lent(order: Sequence[_Node]) -> dict[str, list[SpanRecord]]:
+    """What each call may complete itself from: its details first, then the wrappers around it, inside out."""
+    lent: dict[str, list[SpanRecord]] = {}
+    for node in order:
+        if node.absorbed is not None and node.absorbed is not node and node.record.kind in _CALL_LIKE:
+            lent.setdefault(node.absorbed.record.id, []).append(node.record)
+    for node in order:
+        if not node.call:
+            continue
+        found = lent.setdefault(node.record.id, [])
+        above = node.parent
+        while above is not None and above.record.kind in _CALL_LIKE:
+            if above.gone:
+                found.append(above.record)
+                found.extend(
+                    child.record for child in above.children if child.gone and child.record.kind in (TRANSPORT, SERVER)
+                )
+            else:
+                # It stands around several calls: its counts and times are theirs together.
+                found.append(
+                    above.record._replace(
+                        input_tokens=None, output_tokens=None, cached_tokens=None, time_to_first_token_s=None
+                    )
+                )
+            above = above.parent
+    return lent
+
+
+def _call(node: _Node, lent: Sequence[SpanRecord], name_llm: Callable[[str, str], str], tally: Tally) -> Call | None:
+    record = node.record
+    if record.failed:
+        tally.dropped[FAILED_CALL] += 1
+        return None
+    if record.end_ns <= 0:
+        tally.dropped[UNENDED_CALL] += 1
+        return None
+    for other in lent:
+        record = _completed(record, other)
+    if not record.model:
+        tally.dropped[NAMELESS_CALL] += 1
+        return None
+    if record.input_tokens is None:
+        tally.repaired[UNCOUNTED] += 1
+    return Call(
+        llm=name_llm(record.model, record.endpoint),
+        role=record.role or _role(node),
+        input_tokens=record.input_tokens or 0,
+        output_tokens=record.output_tokens or 0,
+        cached_tokens=min(record.cached_tokens or 0, record.input_tokens or 0),
+        time_to_first_token_s=record.time_to_first_token_s,
+        queue_s=record.queue_s,
+    )
+
+
+def _completed(record: SpanRecord, other: SpanRecord) -> SpanRecord:
+    """The record with what it does not tell taken from another one."""
+    # Output of 0 beside a count elsewhere is a stream whose usage only the other one saw.
+    return record._replace(
+        model=record.model or other.model,
+        endpoint=record.endpoint or other.endpoint,
+        role=record.role or other.role,
+        input_tokens=record.input_tokens or other.input_tokens or record.input_tokens,
+        output_tokens=record.output_tokens or other.output_tokens or record.output_tokens,
+        cached_tokens=record.cached_tokens or other.cached_tokens or record.cached_tokens,
+        time_to_first_token_s=_first(record.time_to_first_token_s, other.time_to_first_token_s),
+        queue_s=_first(record.queue_s, other.queue_s),
+    )
+
+
+def _first(one: float | None, other: float | None) -> float | None:
+    return other if one is None else one
+
+
+def _role(node: _Node) -> str:
+    """The name of the nearest agent, tool or step above."""
+    above = node.parent
+    while above is not None:
+        if above.record.label:
+            return above.record.label
+        above = above.parent
+    return ""

@@ -1,0 +1,92 @@
+"""OTLP in its JSON encoding: one ExportTraceServiceRequest per line, as the Collector's file exporter writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from scepsy.traces.records import Event, RawSpan, Tally
+
+_HAS_IS_REMOTE = 0x100
+_IS_REMOTE = 0x200
+_STATUS_ERROR = (2, "STATUS_CODE_ERROR")
+
+
+def is_request(value: object) -> bool:
+    """Whether a parsed JSON value is an export request with spans."""
+    return isinstance(value, Mapping) and "resourceSpans" in value
+
+
+def spans(request: Mapping[str, Any], tally: Tally) -> Iterator[RawSpan]:
+    """The spans of one request; what has the wrong shape is counted and passed over."""
+    for group in _items(request.get("resourceSpans"), tally):
+        resource = _plain(group.get("resource"))
+        for inner in _items(group.get("scopeSpans") or group.get("instrumentationLibrarySpans"), tally):
+            scope = inner.get("scope") or inner.get("instrumentationLibrary")
+            library = scope.get("name") if isinstance(scope, Mapping) else ""
+            library = library if isinstance(library, str) else ""
+            for span in _items(inner.get("spans"), tally):
+                tally.spans += 1
+                try:
+                    yield _span(span, library, resource)
+                except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
+                    tally.dropped["spans that are not in OTLP's form"] += 1
+
+
+def _span(span: Mapping[str, Any], scope: str, resource: Mapping[str, Any]) -> RawSpan:
+    trace, own, name, parent = span["traceId"], span["spanId"], span.get("name", ""), span.get("parentSpanId", "")
+    if not (type(trace) is type(own) is type(name) is type(parent) is str and trace and own):
+        raise TypeError
+    status = span.get("status")
+    flags = int(span.get("flags", 0))
+    events = span.get("events")
+    return RawSpan(
+        trace,
+        own,
+        parent,
+        name,
+        int(span["startTimeUnixNano"]),
+        int(span.get("endTimeUnixNano", 0)),
+        status is not None and status.get("code") in _STATUS_ERROR,
+        bool(flags & _HAS_IS_REMOTE and flags & _IS_REMOTE),
+        scope,
+        {pair["key"]: _value(pair["value"]) for pair in span.get("attributes", ())},
+        resource,
+        [Event(event["name"], int(event["timeUnixNano"])) for event in events] if events else (),
+    )
+
+
+def _value(value: Mapping[str, Any]) -> Any:
+    """A plain value out of OTLP's AnyValue; None for one that is empty."""
+    for kind, content in value.items():
+        if kind == "intValue":
+            return int(content)
+        if kind == "arrayValue":
+            return [_value(item) for item in content.get("values", ())]
+        if kind == "kvlistValue":
+            return {pair["key"]: _value(pair["value"]) for pair in content.get("values", ())}
+        return content
+    return None
+
+
+def _plain(resource: object) -> Mapping[str, Any]:
+    """The attributes of a resource; none of them if they are broken, for no span should be lost to that."""
+    if not isinstance(resource, Mapping):
+        return {}
+    try:
+        return {pair["key"]: _value(pair["value"]) for pair in resource.get("attributes", ())}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return {}
+
+
+def _items(values: object, tally: Tally) -> Iterator[Mapping[str, Any]]:
+    if values is None:
+        return
+    if not isinstance(values, list):
+        tally.dropped["groups of spans that are not in OTLP's form"] += 1
+        return
+    for value in values:
+        if isinstance(value, Mapping):
+            yield value
+        else:
+            tally.dropped["spans that are not in OTLP's form"] += 1

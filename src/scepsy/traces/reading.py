@@ -1,0 +1,89 @@
+"""Trace files to executions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from scepsy.traces.assemble import assemble
+from scepsy.traces.dialects import normalise
+from scepsy.traces.records import LLM, SERVER, TRANSPORT, SpanRecord, Tally
+from scepsy.traces.sources import find_files, read_spans
+from scepsy_optimizer.errors import ScepsyError
+from scepsy_optimizer.executions import Execution
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """What was read: executions in the order of their start, and an account of the rest.
+
+    `dropped` counts what was left out and `repaired` what was kept but mended, each by its reason. `files` and `spans`
+    count what was looked at.
+    """
+
+    executions: tuple[Execution, ...]
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    repaired: Mapping[str, int] = field(default_factory=dict)
+    files: int = 0
+    spans: int = 0
+
+
+def read_executions(paths: Sequence[str | Path]) -> Reading:
+    """Read trace files, and directories of them, to executions: one for each trace.
+
+    An LLM goes by its model's name, or by `model@host:port` where one model name is served at several endpoints.
+    Raises ScepsyError for a path that cannot be read, for a file without any trace, and if no execution is whole.
+    """
+    tally = Tally()
+    traces: dict[str, list[SpanRecord]] = {}
+    names = LLMNames()
+    for path in find_files(paths):
+        for raw in read_spans(path, tally):
+            record = normalise(raw)
+            names.saw(record)
+            traces.setdefault(record.trace, []).append(record)
+    found = []
+    for trace, records in traces.items():
+        execution = assemble(trace, records, name_llm=names, tally=tally)
+        if execution is not None:
+            found.append((min(record.start_ns for record in records), execution))
+    if not found:
+        where = ", ".join(map(str, paths))
+        raise ScepsyError(f"{where}: no whole execution in {tally.files} file(s): {describe(tally)}; {_advice(tally)}")
+    found.sort(key=lambda pair: pair[0])
+    return Reading(
+        executions=tuple(execution for _, execution in found),
+        dropped=dict(tally.dropped),
+        repaired=dict(tally.repaired),
+        files=tally.files,
+        spans=tally.spans,
+    )
+
+
+class LLMNames:
+    """Names LLMs, once all spans were seen: by model, and by endpoint too where one model has several."""
+
+    def __init__(self) -> None:
+        self._endpoints: dict[str, set[str]] = {}
+
+    def saw(self, record: SpanRecord) -> None:
+        """Learn from a span."""
+        if record.model and record.endpoint and record.kind in (LLM, TRANSPORT, SERVER):
+            self._endpoints.setdefault(record.model, set()).add(record.endpoint)
+
+    def __call__(self, model: str, endpoint: str) -> str:
+        """The name of the LLM that serves `model` at `endpoint` ("host:port", or empty where it is not known)."""
+        return f"{model}@{endpoint}" if endpoint and len(self._endpoints.get(model, ())) > 1 else model
+
+
+def describe(tally: Tally) -> str:
+    """What was found and left out, in words."""
+    reasons = ", ".join(f"{count} {reason}" for reason, count in tally.dropped.most_common())
+    return f"{tally.spans} spans; left out: {reasons}" if reasons else f"{tally.spans} spans"
+
+
+def _advice(tally: Tally) -> str:
+    if tally.spans:
+        return "let at least one execution run to its end while it is traced"
+    return "call scepsy.instrument() in the agent before it runs, and read the directory it writes"

@@ -1,0 +1,92 @@
+"""A span on its way into an execution: as a file gives it, and in Scepsy's own words.
+
+These are the only values of which a large reading holds one per span, so they are named tuples: made in a fraction of
+the time of a frozen dataclass, and plain enough to be set aside in bytes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple
+
+from scepsy.semconv import KIND_AGENT, KIND_LLM, KIND_STEP, KIND_TOOL, KIND_WORKFLOW
+
+WORKFLOW: Final = KIND_WORKFLOW
+AGENT: Final = KIND_AGENT
+TOOL: Final = KIND_TOOL
+STEP: Final = KIND_STEP
+LLM: Final = KIND_LLM
+TRANSPORT: Final = "transport"
+"""The request that carries a call: timing and tokens for the LLM span above it."""
+SERVER: Final = "server"
+"""The engine's own span of a call: queue time and tokens for the client span above it, on another clock."""
+
+
+class Event(NamedTuple):
+    """Something that happened during a span, at `time_ns` since the epoch."""
+
+    name: str
+    time_ns: int
+
+
+class RawSpan(NamedTuple):
+    """A span as its file gives it. Times are nanoseconds since the epoch, 0 where they are missing.
+
+    `parent` is empty for a span without one; `remote_parent` says that the parent belongs to another process.
+    `attributes` and `resource` hold plain values. `scope` names the library that made the span.
+    """
+
+    trace: str
+    id: str
+    parent: str
+    name: str
+    start_ns: int
+    end_ns: int
+    failed: bool
+    remote_parent: bool
+    scope: str
+    attributes: Mapping[str, Any]
+    resource: Mapping[str, Any]
+    events: Sequence[Event]
+
+
+class SpanRecord(NamedTuple):
+    """A span in Scepsy's words, whatever dialect it came in.
+
+    `kind` is one of the constants above. `label` is what calls below take as their role, empty for a span that only
+    wraps others; `role` is the role that a call itself names. Counts and times that the span does not tell are None.
+    """
+
+    trace: str
+    id: str
+    parent: str
+    name: str
+    kind: str
+    start_ns: int
+    end_ns: int
+    failed: bool
+    remote_parent: bool
+    label: str
+    workflow: str
+    role: str
+    session: str
+    model: str
+    endpoint: str
+    response_id: str
+    input_tokens: int | None
+    output_tokens: int | None
+    cached_tokens: int | None
+    time_to_first_token_s: float | None
+    queue_s: float | None
+
+
+@dataclass(slots=True, kw_only=True)
+class Tally:
+    """What was met while reading, counted as it goes: what was left out, and what was mended, each by its reason."""
+
+    files: int = 0
+    spans: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    repaired: Counter[str] = field(default_factory=Counter)
