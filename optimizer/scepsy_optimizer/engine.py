@@ -33,6 +33,21 @@ class _Sequence:
     reserved: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stretch:
+    """Steps that are alike: `steps` of them, each `step_s` long; the rest says who takes part.
+
+    `chunks` are the prompt tokens computed, `prefilled` the sequences whose prompt is complete then: they get their
+    first token at the end, as `decoding` ones get their next.
+    """
+
+    steps: int
+    step_s: float
+    decoding: tuple[_Sequence, ...]
+    chunks: tuple[tuple[_Sequence, int], ...]
+    prefilled: tuple[_Sequence, ...]
+
+
 class Engine:
     """The state of one replica. Pure: time passes only through the durations that `step` returns."""
 
@@ -45,6 +60,7 @@ class Engine:
         self._waiting: deque[_Sequence] = deque()
         self._running: dict[Hashable, _Sequence] = {}
         self._kv_used = 0
+        self._prefilling = 0  # admitted sequences whose prompt is not yet computed
         if self._kv_tokens == 0:
             raise ScepsyError(
                 f"{profile.llm!r} does not fit into {fraction:g} of {profile.device_memory_gib:g} GiB "
@@ -97,45 +113,71 @@ class Engine:
         sequence = self._running.pop(request, None)
         if sequence is not None:
             self._kv_used -= sequence.reserved
+            self._prefilling -= sequence.prompt_left > 0
             return
         self._waiting = deque(waiting for waiting in self._waiting if waiting.id != request)
 
     def step(self) -> Step | None:
         """Do one step, or return None if there is nothing to do."""
+        stretch = self.begin(max_steps=1)
+        if stretch is None:
+            return None
+        tokens = tuple(sequence.id for sequence in (*stretch.decoding, *stretch.prefilled))
+        return Step(duration_s=stretch.step_s, tokens=tokens, finished=self.complete(stretch, 1))
+
+    def begin(self, *, max_steps: int | None = None) -> Stretch | None:
+        """Begin as many steps as are alike: one while prompts are computed, else until the next request finishes.
+
+        Returns None if there is nothing to do. Whoever calls it lets `steps * step_s` pass, or ends the stretch early
+        after any number of whole steps, and says so with `complete` before the next `begin`.
+        """
         self._admit()
         if not self._running:
             return None
-        budget = self._max_num_batched_tokens
         decoding = [sequence for sequence in self._running.values() if sequence.prompt_left == 0]
-        budget -= len(decoding)
-        prefilled = 0
-        completed: list[_Sequence] = []
-        for sequence in self._running.values():
-            if sequence.prompt_left == 0:
-                continue
-            chunk = min(sequence.prompt_left, budget - prefilled)
-            if chunk <= 0:
-                break
+        chunks = self._chunks(self._max_num_batched_tokens - len(decoding)) if self._prefilling else []
+        steps = 1 if chunks or not decoding else min(sequence.output_left for sequence in decoding)
+        if max_steps is not None:
+            steps = min(steps, max_steps)
+        context = 0.0
+        if decoding:
+            # Half way through the stretch, by when every context has grown by half of it.
+            context = sum(sequence.context for sequence in decoding) / len(decoding) + (steps - 1) / 2
+        return Stretch(
+            steps=steps,
+            step_s=self._clock.step_s(len(decoding), context, sum(chunk for _, chunk in chunks)),
+            decoding=tuple(decoding),
+            chunks=tuple(chunks),
+            prefilled=tuple(sequence for sequence, chunk in chunks if sequence.prompt_left == chunk),
+        )
+
+    def complete(self, stretch: Stretch, steps: int) -> tuple[Hashable, ...]:
+        """End a stretch after `steps` of its steps; returns the requests that are finished then."""
+        finished = []
+        for sequence, chunk in stretch.chunks:
             sequence.prompt_left -= chunk
             sequence.context += chunk
-            prefilled += chunk
-            if sequence.prompt_left == 0:
-                completed.append(sequence)
-        context = sum(sequence.context for sequence in decoding) / len(decoding) if decoding else 0.0
-        duration_s = self._clock.step_s(len(decoding), context, prefilled)
-        finished = []
-        for sequence in (*decoding, *completed):
-            sequence.context += 1
-            sequence.output_left -= 1
-            if sequence.output_left == 0:
+            self._prefilling -= sequence.prompt_left == 0 and sequence.id in self._running
+        for sequence in (*stretch.decoding, *stretch.prefilled):
+            sequence.context += steps
+            sequence.output_left -= steps
+            if sequence.output_left == 0 and sequence.id in self._running:
                 finished.append(sequence.id)
                 self._kv_used -= sequence.reserved
                 del self._running[sequence.id]
-        return Step(
-            duration_s=duration_s,
-            tokens=tuple(sequence.id for sequence in (*decoding, *completed)),
-            finished=tuple(finished),
-        )
+        return tuple(finished)
+
+    def _chunks(self, budget: int) -> list[tuple[_Sequence, int]]:
+        """Prompt tokens to compute in one step, first come first served, within the token budget."""
+        chunks = []
+        for sequence in self._running.values():
+            if budget <= 0:
+                break
+            if sequence.prompt_left:
+                chunk = min(sequence.prompt_left, budget)
+                chunks.append((sequence, chunk))
+                budget -= chunk
+        return chunks
 
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self._max_num_seqs:
@@ -145,3 +187,4 @@ class Engine:
             self._waiting.popleft()
             self._running[sequence.id] = sequence
             self._kv_used += sequence.reserved
+            self._prefilling += 1

@@ -84,3 +84,23 @@ def test_every_request_gets_its_tokens_and_the_cache_ends_empty(make_profile, re
     assert counts == {index: output for index, (_, output, _) in enumerate(requests)}
     assert len(done) == len(requests)
     assert engine.kv_used == 0
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 200)), min_size=1, max_size=20),
+    st.integers(1, 8),
+)
+def test_stretches_take_the_time_of_their_steps(make_profile, requests, seqs):
+    """Many steps at once finish the same requests at the same times, but for how contexts grow within a stretch."""
+    profile = make_profile("m", max_num_seqs=seqs)
+    engines = [Engine(profile, tensor_parallel_size=1, fraction=1.0) for _ in range(2)]
+    for engine in engines:
+        for index, (prompt, output) in enumerate(requests):
+            engine.submit(index, prompt_tokens=prompt, output_tokens=output)
+    single, _ = drain(engines[0])
+    now, done = 0.0, {}
+    while (stretch := engines[1].begin()) is not None:
+        now += stretch.steps * stretch.step_s
+        done |= dict.fromkeys(engines[1].complete(stretch, stretch.steps), now)
+    assert done.keys() == single.keys()
+    assert all(done[request] == pytest.approx(single[request], rel=1e-3) for request in done)

@@ -1,0 +1,218 @@
+"""Replay: traced executions through a plan's engines, event by event.
+
+Every execution arrives at a given moment and follows its timeline: a call starts when what it waits for has ended, goes
+to the replica of its LLM with the least outstanding work for its fraction (as the endpoint does), and takes the time
+that the engine's steps give it. What the pipeline can only approximate happens here: bursts, queues, full caches.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scepsy_optimizer.engine import Engine, Stretch
+from scepsy_optimizer.errors import ScepsyError
+from scepsy_optimizer.executions import Call
+from scepsy_optimizer.plan import Plan
+from scepsy_optimizer.profile import LLMProfile
+from scepsy_optimizer.timeline import Timeline
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplayedCall:
+    """One call as replayed: when it was sent and done, and on which replica of its LLM."""
+
+    execution: int
+    call: int
+    llm: str
+    replica: int
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replay:
+    """What a replay gives: `latencies_s` per arrival, in their order, and every call in the order of their ends."""
+
+    latencies_s: NDArray[np.float64]
+    calls: tuple[ReplayedCall, ...]
+
+    def percentile_s(self, percent: float) -> float:
+        """That percentile of the executions' latencies."""
+        return float(np.percentile(self.latencies_s, percent))
+
+
+def poisson_arrivals_s(rng: np.random.Generator, *, rate_rps: float, executions: int) -> NDArray[np.float64]:
+    """Moments of that many Poisson arrivals."""
+    return rng.exponential(1 / rate_rps, executions).cumsum()
+
+
+def replay(
+    plan: Plan,
+    profiles: Mapping[str, LLMProfile],
+    timelines: Sequence[Timeline],
+    arrivals_s: Sequence[float] | NDArray[np.float64],
+) -> Replay:
+    """Send `timelines[i]` at `arrivals_s[i]` (ascending) through the plan's engines.
+
+    Raises ScepsyError where the plan lacks an LLM, a call fits no replica's cache, or a weight does not fit.
+    """
+    run = _Run(plan, profiles, timelines)
+    for index, arrival_s in enumerate(arrivals_s):
+        run.at(float(arrival_s), index, 0)
+    run.drain()
+    latencies_s = np.array(run.ends_s) - np.asarray(arrivals_s, dtype=float)
+    return Replay(latencies_s=latencies_s, calls=tuple(run.calls))
+
+
+@dataclass(slots=True)
+class _Replica:
+    """One engine and the stretch of steps it is in, since `since_s`; `version` outdates the ends of cut stretches."""
+
+    engine: Engine
+    weight: float
+    number: int
+    outstanding: int = 0
+    stretch: Stretch | None = None
+    since_s: float = 0.0
+    version: int = 0
+
+
+class _Run:
+    """The event loop. Events: something in an execution happens (its index, its event), or a stretch ends."""
+
+    def __init__(self, plan: Plan, profiles: Mapping[str, LLMProfile], timelines: Sequence[Timeline]) -> None:
+        self._timelines = timelines
+        self._replicas: dict[str, list[_Replica]] = {}
+        for part in plan.llms:
+            if part.llm not in profiles:
+                raise ScepsyError(f"replay: no profile for {part.llm!r}")
+            size, fraction = part.tensor_parallel_size, part.fraction
+            self._replicas[part.llm] = [
+                _Replica(
+                    engine=Engine(profiles[part.llm], tensor_parallel_size=size, fraction=fraction),
+                    weight=size * fraction,
+                    number=number,
+                )
+                for number in range(part.replicas)
+            ]
+        called = {call.llm for timeline in timelines for call in timeline.calls}
+        if missing := sorted(called - self._replicas.keys()):
+            raise ScepsyError(f"replay: the executions call {', '.join(missing)}, which the plan does not serve")
+        self._successors: dict[int, list[list[int]]] = {}
+        # What each execution still waits for, per event; made when it arrives, dropped when it is over.
+        self._open: dict[int, list[int]] = {}
+        self._heap: list[tuple[float, int, _Replica | None, int, int]] = []
+        self._order = count()
+        self._sent_s: dict[tuple[int, int], float] = {}
+        self.ends_s = [0.0] * len(timelines)
+        self.calls: list[ReplayedCall] = []
+
+    def at(self, time_s: float, execution: int, event: int) -> None:
+        """Let an event of an execution happen."""
+        heapq.heappush(self._heap, (time_s, next(self._order), None, execution, event))
+
+    def drain(self) -> None:
+        """Let everything happen."""
+        while self._heap:
+            time_s, _, replica, first, second = heapq.heappop(self._heap)
+            if replica is None:
+                self._happen(time_s, first, second)
+            elif replica.version == first and replica.stretch is not None:
+                self._end_stretch(time_s, replica)
+
+    def _happen(self, time_s: float, execution: int, event: int) -> None:
+        timeline = self._timelines[execution]
+        if execution not in self._open:
+            self._open[execution] = [len(before) for before in timeline.predecessors]
+        if event == timeline.sink:
+            self.ends_s[execution] = time_s
+        waiting = self._open[execution]
+        for follower in self._following(timeline)[event]:
+            waiting[follower] -= 1
+            if waiting[follower]:
+                continue
+            # A child that the clocks show before its parent cannot be sent before now.
+            ready_s = time_s + max(0.0, timeline.delay_s[follower])
+            call = timeline.call_of[follower]
+            if call < 0:
+                self.at(ready_s, execution, follower)
+            else:
+                self._send(ready_s, execution, call, follower)
+
+    def _following(self, timeline: Timeline) -> list[list[int]]:
+        found = self._successors.get(id(timeline))
+        if found is None:
+            found = [[] for _ in timeline.predecessors]
+            for event, before in enumerate(timeline.predecessors):
+                for earlier in before:
+                    found[earlier].append(event)
+            self._successors[id(timeline)] = found
+        return found
+
+    def _send(self, time_s: float, execution: int, call: int, event: int) -> None:
+        """Send a call now: a call starts with its own event, which happens at `time_s`."""
+        request = self._timelines[execution].calls[call]
+        replica = min(self._replicas[request.llm], key=lambda one: ((one.outstanding + 1) / one.weight, one.number))
+        key = (execution, event)
+        _submit(replica.engine, key, request)
+        replica.outstanding += 1
+        self._sent_s[key] = time_s
+        if replica.stretch is None:
+            self._begin(time_s, replica)
+        elif replica.stretch.steps > 1:
+            # The new request is seen after the step in progress: the stretch ends there.
+            done = int((time_s - replica.since_s) / replica.stretch.step_s) + 1
+            if done < replica.stretch.steps:
+                replica.version += 1
+                replica.stretch = replace(replica.stretch, steps=done)
+                self._await(replica)
+
+    def _begin(self, time_s: float, replica: _Replica) -> None:
+        replica.stretch = replica.engine.begin()
+        replica.since_s = time_s
+        replica.version += 1
+        if replica.stretch is not None:
+            self._await(replica)
+
+    def _await(self, replica: _Replica) -> None:
+        assert replica.stretch is not None  # noqa: S101 - both callers have just set it
+        end_s = replica.since_s + replica.stretch.steps * replica.stretch.step_s
+        heapq.heappush(self._heap, (end_s, next(self._order), replica, replica.version, 0))
+
+    def _end_stretch(self, time_s: float, replica: _Replica) -> None:
+        assert replica.stretch is not None  # noqa: S101 - its end has just come
+        finished = replica.engine.complete(replica.stretch, replica.stretch.steps)
+        for key in finished:
+            assert isinstance(key, tuple)  # noqa: S101 - the keys that _send has made
+            execution, event = key
+            sent_s = self._sent_s.pop((execution, event))
+            replica.outstanding -= 1
+            timeline = self._timelines[execution]
+            call = timeline.call_of[event]
+            self.calls.append(
+                ReplayedCall(
+                    execution=execution,
+                    call=call,
+                    llm=timeline.calls[call].llm,
+                    replica=replica.number,
+                    start_s=sent_s,
+                    end_s=time_s,
+                )
+            )
+            self.at(time_s, execution, event)
+        self._begin(time_s, replica)
+
+
+def _submit(engine: Engine, key: tuple[int, int], call: Call) -> None:
+    engine.submit(
+        key,
+        prompt_tokens=max(1, call.input_tokens),
+        output_tokens=max(1, call.output_tokens),
+        cached_tokens=call.cached_tokens,
+    )
