@@ -1,0 +1,6 @@
+"""Profiles of LLMs: estimated without a GPU, measured on a running engine, or shipped with Scepsy."""
+
+from scepsy.profiling.estimating import estimate
+from scepsy.profiling.shipped import shipped_profiles
+
+__all__ = ["estimate", "shipped_profiles"]
