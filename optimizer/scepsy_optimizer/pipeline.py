@@ -54,26 +54,25 @@ def build_pipeline(workload: Workload, speeds: Mapping[str, CallSpeed] | None = 
         _require(workload, speeds)
     calls: dict[str, list[float]] = {demand.llm: [0.0, 0.0, 0.0] for demand in workload.demands}
     fixed_s = latency_s = 0.0
-    for timeline in workload.timelines:
+    for timeline, weight in zip(workload.timelines, workload.weights, strict=True):
         durations_s = timeline.traced_s if speeds is None else call_durations_s(timeline, speeds)
         path = timeline.critical_path(durations_s)
-        fixed_s += path.fixed_s
-        latency_s += path.makespan_s
+        fixed_s += weight * path.fixed_s
+        latency_s += weight * path.makespan_s
         for index in path.calls:
             call = timeline.calls[index]
             computed, generated = _tokens(call)
             totals = calls[call.llm]
-            totals[0] += 1
-            totals[1] += computed
-            totals[2] += generated
-    runs = workload.executions
+            totals[0] += weight
+            totals[1] += weight * computed
+            totals[2] += weight * generated
     return Pipeline(
         stages=tuple(
-            Stage(llm=llm, calls=totals[0] / runs, input_tokens=totals[1] / runs, output_tokens=totals[2] / runs)
+            Stage(llm=llm, calls=totals[0], input_tokens=totals[1], output_tokens=totals[2])
             for llm, totals in calls.items()
         ),
-        fixed_s=fixed_s / runs,
-        built_latency_s=latency_s / runs,
+        fixed_s=fixed_s,
+        built_latency_s=latency_s,
     )
 
 

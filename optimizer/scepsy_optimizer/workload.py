@@ -50,7 +50,7 @@ class Workload:
 
     `workflows` counts the executions by workflow. `latency_s` and `latency_cv` are the mean makespan and its
     coefficient of variation, `tool_s` the mean part of the critical path that no LLM spends. `timelines` are the
-    executions themselves, for retiming.
+    executions themselves, for retiming; `weights`, which add up to 1, say how much each counts in every mean.
     """
 
     workflows: Mapping[str, int]
@@ -59,6 +59,7 @@ class Workload:
     tool_s: float
     demands: tuple[LLMDemand, ...]
     timelines: tuple[Timeline, ...]
+    weights: tuple[float, ...]
 
     @property
     def executions(self) -> int:
@@ -74,12 +75,18 @@ class Workload:
 
 
 def aggregate(
-    executions: Iterable[Execution], *, rng: np.random.Generator | None = None, resamples: int = 1000
+    executions: Iterable[Execution],
+    *,
+    rates_rps: Mapping[str, float] | None = None,
+    rng: np.random.Generator | None = None,
+    resamples: int = 1000,
 ) -> Workload:
     """Aggregate executions to a workload; LLMs come in the order of falling share.
 
+    All executions count alike, or, with `rates_rps`, each workflow counts by its rate, however often it was traced.
     `rng` drives the bootstrap of the share intervals (a generator with a fixed seed by default, so that the same
-    executions give the same workload). Raises ScepsyError without any execution, or without any call.
+    executions give the same workload). Raises ScepsyError without any execution, without any call, or where `rates_rps`
+    does not name the traced workflows.
     """
     runs = list(executions)
     if not runs:
@@ -88,37 +95,62 @@ def aggregate(
     llms = sorted({call.llm for timeline in timelines for call in timeline.calls})
     if not llms:
         raise ScepsyError(f"none of the {len(runs)} executions calls an LLM: is the capture of LLM calls turned on?")
+    workflows = Counter(run.workflow for run in runs)
+    weights = _weights(runs, workflows, rates_rps)
     service = _service_times(timelines, llms)
-    shares, low, high = _shares(service, rng or np.random.default_rng(0), resamples)
+    shares, low, high = _shares(service, weights, rng or np.random.default_rng(0), resamples)
     paths = [timeline.critical_path(timeline.traced_s) for timeline in timelines]
-    critical = Counter(
-        timeline.calls[index].llm for timeline, path in zip(timelines, paths, strict=True) for index in path.calls
-    )
+    critical = dict.fromkeys(llms, 0.0)
+    for timeline, path, weight in zip(timelines, paths, weights, strict=True):
+        for index in path.calls:
+            critical[timeline.calls[index].llm] += float(weight)
     makespans = np.array([path.makespan_s for path in paths])
+    latency_s = float(weights @ makespans)
     demands = [
         _demand(
             llm,
             runs,
+            weights,
             service=service[:, column],
             totals=service.sum(axis=1),
             share=(shares[column], low[column], high[column]),
-            critical_visits=critical[llm] / len(runs),
+            critical_visits=critical[llm],
         )
         for column, llm in enumerate(llms)
     ]
     return Workload(
-        workflows=dict(Counter(run.workflow for run in runs)),
-        latency_s=float(makespans.mean()),
-        latency_cv=_cv(makespans),
-        tool_s=float(np.mean([path.fixed_s for path in paths])),
+        workflows=dict(workflows),
+        latency_s=latency_s,
+        latency_cv=_cv(makespans, weights),
+        tool_s=float(weights @ np.array([path.fixed_s for path in paths])),
         demands=tuple(sorted(demands, key=lambda demand: (-demand.share, demand.llm))),
         timelines=timelines,
+        weights=tuple(weights.tolist()),
     )
+
+
+def _weights(
+    runs: Sequence[Execution], workflows: Mapping[str, int], rates_rps: Mapping[str, float] | None
+) -> NDArray[np.float64]:
+    """What each execution counts; all together 1."""
+    if rates_rps is None:
+        return np.full(len(runs), 1 / len(runs))
+    if rates_rps.keys() != workflows.keys():
+        raise ScepsyError(
+            f"rates are given for {', '.join(sorted(rates_rps))}, the traces hold {', '.join(sorted(workflows))}: "
+            "give each traced workflow a rate"
+        )
+    if not all(0 < rate < float("inf") for rate in rates_rps.values()):
+        raise ScepsyError("the rate of each workflow must be a positive number of executions per second")
+    weights = np.array([rates_rps[run.workflow] / workflows[run.workflow] for run in runs])
+    normed: NDArray[np.float64] = weights / weights.sum()
+    return normed
 
 
 def _demand(
     llm: str,
     runs: Sequence[Execution],
+    weights: NDArray[np.float64],
     *,
     service: NDArray[np.float64],
     totals: NDArray[np.float64],
@@ -126,26 +158,33 @@ def _demand(
     critical_visits: float,
 ) -> LLMDemand:
     per_run = [[span for span in run.calls if span.call is not None and span.call.llm == llm] for run in runs]
-    spans = [span for found in per_run for span in found]
-    calls = [span.call for span in spans if span.call is not None]
-    roles = Counter(call.role for call in calls)
-    parallelism, overlap = _concurrency(per_run)
+    calls = [
+        (span.call, float(weight))
+        for found, weight in zip(per_run, weights, strict=True)
+        for span in found
+        if span.call is not None
+    ]
+    visits = sum(weight for _, weight in calls)
+    roles: dict[str, float] = {}
+    for call, weight in calls:
+        roles[call.role] = roles.get(call.role, 0.0) + weight
+    parallelism, overlap = _concurrency(per_run, weights)
     busy = totals > 0
     return LLMDemand(
         llm=llm,
-        visits=len(calls) / len(runs),
-        visits_by_role={role: count / len(runs) for role, count in sorted(roles.items())},
+        visits=visits,
+        visits_by_role=dict(sorted(roles.items())),
         parallelism=parallelism,
         overlap=overlap,
-        input_tokens=sum(call.input_tokens for call in calls) / len(calls),
-        cached_tokens=sum(call.cached_tokens for call in calls) / len(calls),
-        output_tokens=sum(call.output_tokens for call in calls) / len(calls),
-        longest_tokens=max(call.input_tokens + call.output_tokens for call in calls),
-        service_s=float(service.mean()),
+        input_tokens=sum(weight * call.input_tokens for call, weight in calls) / visits,
+        cached_tokens=sum(weight * call.cached_tokens for call, weight in calls) / visits,
+        output_tokens=sum(weight * call.output_tokens for call, weight in calls) / visits,
+        longest_tokens=max(call.input_tokens + call.output_tokens for call, _ in calls),
+        service_s=float(weights @ service),
         share=share[0],
         share_low=share[1],
         share_high=share[2],
-        share_cv=_cv(service[busy] / totals[busy]) if busy.any() else 0.0,
+        share_cv=_cv(service[busy] / totals[busy], weights[busy]) if busy.any() else 0.0,
         critical_visits=critical_visits,
     )
 
@@ -161,29 +200,29 @@ def _service_times(timelines: Sequence[Timeline], llms: Sequence[str]) -> NDArra
 
 
 def _shares(
-    service: NDArray[np.float64], rng: np.random.Generator, resamples: int
+    service: NDArray[np.float64], weights: NDArray[np.float64], rng: np.random.Generator, resamples: int
 ) -> tuple[list[float], list[float], list[float]]:
     """Share of each column with its 95 % percentile bootstrap interval over the rows."""
     rows = len(service)
-    weights = rng.multinomial(rows, np.full(rows, 1 / rows), size=resamples)
-    sums = weights @ service
+    weighted = service * weights[:, None]
+    sums = rng.multinomial(rows, np.full(rows, 1 / rows), size=resamples) @ weighted
     totals = sums.sum(axis=1, keepdims=True)
     samples = np.divide(sums, totals, out=np.zeros_like(sums), where=totals > 0)
-    total = service.sum()
-    shares = service.sum(axis=0) / total if total > 0 else np.zeros(service.shape[1])
+    total = weighted.sum()
+    shares = weighted.sum(axis=0) / total if total > 0 else np.zeros(service.shape[1])
     low, high = np.quantile(samples, [0.025, 0.975], axis=0)
     return shares.tolist(), low.tolist(), high.tolist()
 
 
-def _concurrency(per_run: Sequence[Sequence[Span]]) -> tuple[float, float]:
+def _concurrency(per_run: Sequence[Sequence[Span]], weights: NDArray[np.float64]) -> tuple[float, float]:
     """Parallelism (service time by busy time) and overlap (as a running call sees it) over all runs."""
     total_s = busy_s = seen_s = 0.0
-    for spans in per_run:
+    for spans, weight in zip(per_run, weights.tolist(), strict=True):
         edges = sorted([(span.start_s, 1) for span in spans] + [(span.end_s, -1) for span in spans])
         running, since_s = 0, 0.0
         for time_s, change in edges:
             if running:
-                length_s = time_s - since_s
+                length_s = (time_s - since_s) * weight
                 busy_s += length_s
                 total_s += running * length_s
                 seen_s += running * running * length_s
@@ -194,7 +233,11 @@ def _concurrency(per_run: Sequence[Sequence[Span]]) -> tuple[float, float]:
     return total_s / busy_s, seen_s / total_s
 
 
-def _cv(values: NDArray[np.float64]) -> float:
-    """Coefficient of variation; 0 where there is no spread to speak of."""
-    mean = float(values.mean()) if len(values) else 0.0
-    return float(values.std(ddof=1)) / mean if len(values) > 1 and mean > 0 else 0.0
+def _cv(values: NDArray[np.float64], weights: NDArray[np.float64]) -> float:
+    """Weighted coefficient of variation, without the bias of small samples; 0 for fewer than two values."""
+    count = len(values)
+    mean = float(np.average(values, weights=weights)) if count else 0.0
+    if count < 2 or mean <= 0:
+        return 0.0
+    variance = float(np.average((values - mean) ** 2, weights=weights)) * count / (count - 1)
+    return float(np.sqrt(variance)) / mean

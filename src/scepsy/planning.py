@@ -26,22 +26,31 @@ Traces = str | Path | Sequence[str | Path]
 Profiles = str | Path | Sequence[str | Path] | Mapping[str, LLMProfile]
 
 
-def aggregate(traces: Traces) -> Workload:
-    """Read trace files, or directories of them, and aggregate their executions. Raises ScepsyError."""
+Rate = float | Mapping[str, float]
+
+
+def aggregate(traces: Traces, *, rates: Mapping[str, float] | None = None) -> Workload:
+    """Read trace files, or directories of them, and aggregate their executions.
+
+    With `rates`, executions per second by workflow, each workflow counts by its rate rather than by how often it was
+    traced. Raises ScepsyError.
+    """
     paths = [traces] if isinstance(traces, str | Path) else list(traces)
-    return aggregate_executions(read_executions(paths).executions)
+    return aggregate_executions(read_executions(paths).executions, rates_rps=rates)
 
 
 def optimize(
     traces: Traces | Workload,
     *,
     cluster: str | Path | Cluster,
-    rate: float,
+    rate: Rate,
     profiles: Profiles | None = None,
     models: Mapping[str, str] | None = None,
     max_utilisation: float = MAX_UTILISATION,
 ) -> Plan:
-    """The plan of least mean latency for `rate` executions per second of the traced workflows.
+    """The plan of least mean latency for `rate` executions per second.
+
+    The rate is of all traced workflows as they were mixed, or, given as a mapping, of each workflow by its name.
 
     `cluster` is a short form such as "8xH100", a cluster file, or a `Cluster`. `profiles` are profile files, a directory
     of them, or a mapping by LLM name; LLMs without one are estimated from `models` (LLM name to Hugging Face id or
@@ -54,7 +63,7 @@ def optimize_and_deploy(
     traces: Traces | Workload,
     *,
     cluster: str | Path | Cluster,
-    rate: float,
+    rate: Rate,
     profiles: Profiles | None = None,
     models: Mapping[str, str] | None = None,
     **deploy_options: Any,
@@ -73,20 +82,23 @@ def optimize_and_deploy(
 def _plan(
     traces: Traces | Workload,
     cluster: str | Path | Cluster,
-    rate: float,
+    rate: Rate,
     profiles: Profiles | None,
     models: Mapping[str, str] | None,
     max_utilisation: float,
 ) -> tuple[Plan, dict[str, LLMProfile]]:
     resolved = resolve_cluster(cluster)
-    workload = traces if isinstance(traces, Workload) else aggregate(traces)
+    rates = rate if isinstance(rate, Mapping) else None
+    if rates is not None and isinstance(traces, Workload):
+        raise ScepsyError("rates by workflow belong to the aggregation: give them to aggregate, and their sum here")
+    workload = traces if isinstance(traces, Workload) else aggregate(traces, rates=rates)
     llms = [demand.llm for demand in workload.demands]
     found = resolve_profiles(llms, resolved.device_type, profiles=profiles, models=models)
     plan = optimize_workload(
         workload,
         found,
         resolved,
-        rate_rps=rate,
+        rate_rps=sum(rate.values()) if isinstance(rate, Mapping) else rate,
         max_utilisation=max_utilisation,
         provenance=provenance(found, None if isinstance(traces, Workload) else traces),
     )

@@ -61,3 +61,22 @@ def test_nothing_to_aggregate_is_an_error(make_execution):
         aggregate([Execution(id="e", workflow="w", spans=(root,))])
     with pytest.raises(ScepsyError, match="no call of 'x'; the traces call a"):
         aggregate([make_execution("e", [("a", 0, 1)])]).demand("x")
+
+
+def test_rates_weigh_workflows_however_often_they_were_traced(make_execution):
+    often = [make_execution(f"o{n}", [("a", 0, 2)], workflow="often") for n in range(9)]
+    seldom = [make_execution("s", [("b", 0, 4), ("b", 4, 8)], workflow="seldom")]
+    even = aggregate([*often, *seldom], rates_rps={"often": 2.0, "seldom": 2.0})
+    assert even.demand("a").visits == pytest.approx(0.5)
+    assert even.demand("b").visits == pytest.approx(1.0)
+    assert even.demand("b").share == pytest.approx(8 / 10)
+    assert even.latency_s == pytest.approx((3 + 9) / 2)
+    assert sum(even.weights) == pytest.approx(1)
+    traced = aggregate([*often, *seldom])
+    same = aggregate([*often, *seldom], rates_rps={"often": 9.0, "seldom": 1.0})
+    assert same.latency_s == pytest.approx(traced.latency_s)
+    assert same.demand("b").share == pytest.approx(traced.demand("b").share)
+    with pytest.raises(ScepsyError, match="give each traced workflow a rate"):
+        aggregate([*often, *seldom], rates_rps={"often": 1.0})
+    with pytest.raises(ScepsyError, match="must be a positive number"):
+        aggregate([*often, *seldom], rates_rps={"often": 1.0, "seldom": 0.0})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from scepsy.cli.options import add_profiles, add_traces, parse_models
+from scepsy.cli.options import add_profiles, add_traces, parse_models, parse_rates
 from scepsy.files import save_plan
 from scepsy.planning import optimize
 from scepsy.report.tables import plan_table
@@ -19,7 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     add_traces(parser)
     parser.add_argument("--cluster", required=True, help="such as 8xH100 or 2x8xH100, or a cluster file")
-    parser.add_argument("--rate", type=float, required=True, help="executions per second to plan for")
+    parser.add_argument(
+        "--rate",
+        action="append",
+        required=True,
+        metavar="RATE",
+        help="executions per second to plan for, as traced; or WORKFLOW=RATE, once for each workflow",
+    )
     parser.add_argument("-o", "--output", default="plan.yaml", metavar="FILE", help="default: plan.yaml")
     add_profiles(parser)
 
@@ -29,7 +35,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     plan = optimize(
         args.traces,
         cluster=args.cluster,
-        rate=args.rate,
+        rate=parse_rates(args.rate),
         profiles=args.profiles,
         models=parse_models(args.model),
     )

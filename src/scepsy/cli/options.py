@@ -54,3 +54,17 @@ def parse_models(pairs: Sequence[str]) -> Mapping[str, str]:
 def parse_command(words: str | None) -> list[str] | None:
     """An engine command as a list of words."""
     return None if words is None else shlex.split(words)
+
+
+def parse_rates(texts: Sequence[str]) -> float | Mapping[str, float]:
+    """One rate for all workflows as traced, or WORKFLOW=RATE for each. Raises ScepsyError."""
+    rates = {}
+    for text in texts:
+        workflow, _, number = text.rpartition("=")
+        try:
+            rates[workflow] = float(number)
+        except ValueError as error:
+            raise ScepsyError(f"--rate {text!r}: write a number, or WORKFLOW=NUMBER for each workflow") from error
+    if len(rates) != len(texts) or ("" in rates and len(rates) > 1):
+        raise ScepsyError(f"--rate {' '.join(texts)}: give one rate for all, or one for each workflow")
+    return rates[""] if "" in rates else rates
