@@ -52,9 +52,9 @@ def optimize(
 
     The rate is of all traced workflows as they were mixed, or, given as a mapping, of each workflow by its name.
 
-    `cluster` is a short form such as "8xH100", a cluster file, or a `Cluster`. `profiles` are profile files, a directory
-    of them, or a mapping by LLM name; LLMs without one are estimated from `models` (LLM name to Hugging Face id or
-    directory), or taken from the profiles that ship with Scepsy. Raises ScepsyError.
+    `cluster` is a short form such as "8xH100", a cluster file, or a `Cluster`. `profiles` are profile files, a
+    directory of them, or a mapping by LLM name; LLMs without one are estimated from `models` (LLM name to Hugging Face
+    id or directory), or taken from the profiles that ship with Scepsy. Raises ScepsyError.
     """
     return _plan(traces, cluster, rate, profiles, models, max_utilisation)[0]
 

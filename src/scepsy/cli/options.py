@@ -67,4 +67,4 @@ def parse_rates(texts: Sequence[str]) -> float | Mapping[str, float]:
             raise ScepsyError(f"--rate {text!r}: write a number, or WORKFLOW=NUMBER for each workflow") from error
     if len(rates) != len(texts) or ("" in rates and len(rates) > 1):
         raise ScepsyError(f"--rate {' '.join(texts)}: give one rate for all, or one for each workflow")
-    return rates[""] if "" in rates else rates
+    return rates.get("", rates)
