@@ -1,14 +1,16 @@
 """The search: which option each LLM gets, so that the mean latency is least within the cluster's devices.
 
-For one pipeline (one linearisation of the mean makespan) the problem is a multiple-choice knapsack, solved exactly by
-dynamic programming over tenths of a device. The true mean makespan is at least every pipeline, so the best solution of
-each pipeline bounds the optimum from below; the search keeps building pipelines at the best allocation found until
-bound and allocation meet, or nothing new comes.
+For one pipeline (one linearisation of the mean makespan) the problem is a multiple-choice knapsack, which is solved
+exactly. The true mean makespan is at least every pipeline, hence at least every weighted mean of pipelines, which is a
+pipeline itself: its best allocation bounds the optimum from below. The search builds a pipeline at each allocation that
+it finds and solves for the newest while that helps; then it weighs all of them so that the bound rises (the weights of a
+matrix game between pipelines and allocations: the Lagrangian dual of minimising their maximum), until bound and best
+allocation meet, or neither moves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +18,7 @@ import numpy as np
 from scepsy_optimizer.allocation import (
     MAX_UTILISATION,
     Choice,
+    Floats,
     Option,
     OptionTable,
     list_options,
@@ -23,13 +26,15 @@ from scepsy_optimizer.allocation import (
 )
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.knapsack import solve
-from scepsy_optimizer.pipeline import Pipeline, build_pipeline
+from scepsy_optimizer.pipeline import Pipeline, Stage, build_pipeline
 from scepsy_optimizer.profile import LLMProfile
-from scepsy_optimizer.replica import CallShape, saturation_rps
+from scepsy_optimizer.replica import CallShape, CallSpeed, saturation_rps
 from scepsy_optimizer.workload import Workload
 
-_MAX_CUTS = 24
+_MAX_CUTS = 40
+_MAX_IDLE = 5
 _GAP_GOAL = 1e-4
+_GAME_ROUNDS = 2000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,25 +72,73 @@ def find_allocation(
         )
         for demand in workload.demands
     }
-    pipeline = build_pipeline(workload)
+    pipelines = [build_pipeline(workload)]
+    pipeline = pipelines[0]
     bound_s = 0.0
     best: tuple[float, dict[str, Option]] | None = None
-    seen: set[tuple[Choice, ...]] = set()
+    speeds: dict[tuple[Choice, ...], dict[str, CallSpeed]] = {}
+    idle = 0
     for _ in range(_MAX_CUTS):
         found = _solve(pipeline, tables, units)
         if found is None:
             return None
         chosen, linear_s = found
+        idle = 0 if linear_s > bound_s * (1 + _GAP_GOAL) else idle + 1
         bound_s = max(bound_s, linear_s)
-        pipeline = build_pipeline(workload, {llm: option.speed for llm, option in chosen.items()})
-        if best is None or pipeline.built_latency_s < best[0]:
-            best = (pipeline.built_latency_s, chosen)
         key = tuple(option.choice for option in chosen.values())
-        if key in seen or bound_s >= best[0] * (1 - _GAP_GOAL):
+        new = key not in speeds
+        if new:
+            speeds[key] = {llm: option.speed for llm, option in chosen.items()}
+            pipelines.append(build_pipeline(workload, speeds[key]))
+            if best is None or pipelines[-1].built_latency_s < best[0]:
+                best = (pipelines[-1].built_latency_s, chosen)
+                idle = 0
+        if best is None or bound_s >= best[0] * (1 - _GAP_GOAL) or idle >= _MAX_IDLE:
             break
-        seen.add(key)
-    assert best is not None  # noqa: S101 - the loop has run at least once
+        if new and idle == 0:
+            pipeline = pipelines[-1]
+        else:
+            values = np.array([[cut.latency_s(speed) for speed in speeds.values()] for cut in pipelines])
+            pipeline = _blend(pipelines, _maximin(values))
+    assert best is not None  # noqa: S101 - the first allocation found is new
     return Allocation(options=best[1], latency_s=best[0], lower_bound_s=min(bound_s, best[0]))
+
+
+def _maximin(values: Floats) -> Floats:
+    """Weights of the rows for which the least weighted mean over the columns is greatest, nearly.
+
+    Multiplicative weights (Freund and Schapire, 1999): rows gain where the column that answers best pays more. Any
+    weights give a valid bound, so nearly is enough.
+    """
+    spread = float(values.max() - values.min())
+    scaled = (values - values.min()) / spread if spread > 0 else np.zeros_like(values)
+    logs = np.zeros(len(values))
+    mean = np.zeros(len(values))
+    rate = np.sqrt(8 * np.log(max(2, len(values))) / _GAME_ROUNDS)
+    for _ in range(_GAME_ROUNDS):
+        weights = np.exp(logs - logs.max())
+        weights /= weights.sum()
+        mean += weights / _GAME_ROUNDS
+        logs += rate * scaled[:, int(np.argmin(weights @ scaled))]
+    return mean
+
+
+def _blend(pipelines: Sequence[Pipeline], weights: Floats) -> Pipeline:
+    """The weighted mean of pipelines over the same LLMs; it bounds from below whatever each of them does."""
+    stages = tuple(
+        Stage(
+            llm=column[0].llm,
+            calls=float(weights @ np.array([stage.calls for stage in column])),
+            input_tokens=float(weights @ np.array([stage.input_tokens for stage in column])),
+            output_tokens=float(weights @ np.array([stage.output_tokens for stage in column])),
+        )
+        for column in zip(*(pipeline.stages for pipeline in pipelines), strict=True)
+    )
+    return Pipeline(
+        stages=stages,
+        fixed_s=float(weights @ np.array([pipeline.fixed_s for pipeline in pipelines])),
+        built_latency_s=float(weights @ np.array([pipeline.built_latency_s for pipeline in pipelines])),
+    )
 
 
 def _solve(pipeline: Pipeline, tables: Mapping[str, OptionTable], units: int) -> tuple[dict[str, Option], float] | None:
