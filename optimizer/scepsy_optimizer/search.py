@@ -3,7 +3,7 @@
 For one pipeline (one linearisation of the mean makespan) the problem is a multiple-choice knapsack, which is solved
 exactly. The true mean makespan is at least every pipeline, hence at least every weighted mean of pipelines, which is a
 pipeline itself: its best allocation bounds the optimum from below. The search builds a pipeline at each allocation that
-it finds and solves for the newest while that helps; then it weighs all of them so that the bound rises (the weights of a
+it finds and solves for the newest while that helps; then it weighs all so that the bound rises (the weights of a
 matrix game between pipelines and allocations: the Lagrangian dual of minimising their maximum), until bound and best
 allocation meet, or neither moves.
 """
