@@ -9,19 +9,86 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scepsy.capture import agent, instrument, tool, uninstrument, workflow
+    from scepsy.capture import (
+        ContextThreadPoolExecutor,
+        agent,
+        flush,
+        instrument,
+        propagate,
+        tool,
+        uninstrument,
+        workflow,
+    )
+    from scepsy.deploy import Deployment, deploy
+    from scepsy.files import load_cluster, load_plan, load_profile, save_cluster, save_plan, save_profile
+    from scepsy.planning import aggregate, optimize, optimize_and_deploy
+    from scepsy.profiling import estimate
+    from scepsy.traces import read_executions
+    from scepsy_optimizer.cluster import Cluster
+    from scepsy_optimizer.errors import ScepsyError
+    from scepsy_optimizer.plan import Plan
+    from scepsy_optimizer.profile import LLMProfile
+    from scepsy_optimizer.workload import Workload
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Cluster": "scepsy_optimizer.cluster",
+    "ContextThreadPoolExecutor": "scepsy.capture",
+    "Deployment": "scepsy.deploy",
+    "LLMProfile": "scepsy_optimizer.profile",
+    "Plan": "scepsy_optimizer.plan",
+    "ScepsyError": "scepsy_optimizer.errors",
+    "Workload": "scepsy_optimizer.workload",
     "agent": "scepsy.capture",
+    "aggregate": "scepsy.planning",
+    "deploy": "scepsy.deploy",
+    "estimate": "scepsy.profiling",
+    "flush": "scepsy.capture",
     "instrument": "scepsy.capture",
+    "load_cluster": "scepsy.files",
+    "load_plan": "scepsy.files",
+    "load_profile": "scepsy.files",
+    "optimize": "scepsy.planning",
+    "optimize_and_deploy": "scepsy.planning",
+    "propagate": "scepsy.capture",
+    "read_executions": "scepsy.traces",
+    "save_cluster": "scepsy.files",
+    "save_plan": "scepsy.files",
+    "save_profile": "scepsy.files",
     "tool": "scepsy.capture",
     "uninstrument": "scepsy.capture",
     "workflow": "scepsy.capture",
 }
 
-__all__ = ["agent", "instrument", "tool", "uninstrument", "workflow"]
+__all__ = [
+    "Cluster",
+    "ContextThreadPoolExecutor",
+    "Deployment",
+    "LLMProfile",
+    "Plan",
+    "ScepsyError",
+    "Workload",
+    "agent",
+    "aggregate",
+    "deploy",
+    "estimate",
+    "flush",
+    "instrument",
+    "load_cluster",
+    "load_plan",
+    "load_profile",
+    "optimize",
+    "optimize_and_deploy",
+    "propagate",
+    "read_executions",
+    "save_cluster",
+    "save_plan",
+    "save_profile",
+    "tool",
+    "uninstrument",
+    "workflow",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,28 @@
+"""What `import scepsy` offers, pinned: a name that comes or goes is a decision, not an accident."""
+
+import pytest
+
+import scepsy
+
+PUBLIC = """
+Cluster ContextThreadPoolExecutor Deployment LLMProfile Plan ScepsyError Workload agent aggregate deploy estimate flush
+instrument load_cluster load_plan load_profile optimize optimize_and_deploy propagate read_executions save_cluster
+save_plan save_profile tool uninstrument workflow
+""".split()
+
+
+def test_the_public_names_are_these():
+    assert sorted(PUBLIC) == scepsy.__all__
+    assert set(PUBLIC) <= set(dir(scepsy))
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_each_is_there_and_says_what_it_is(name):
+    value = getattr(scepsy, name)
+    assert callable(value)
+    assert value.__doc__
+
+
+def test_others_are_not():
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = scepsy.nonsense
