@@ -1,0 +1,83 @@
+"""Which replica takes the next request of an LLM: the one with the least outstanding work for its size."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True, kw_only=True)
+class Backend:
+    """A replica as the gateway sees it. `weight` is how much it can do beside others, such as its device fraction."""
+
+    id: str
+    llm: str
+    url: str
+    weight: float = 1.0
+    ready: bool = False
+    failed: bool = False
+    """Given up: it will not be ready again."""
+    outstanding: int = 0
+    served: int = 0
+
+
+class NoBackendError(Exception):
+    """No replica can take the request now."""
+
+
+@dataclass(slots=True)
+class Pool:
+    """All replicas of one LLM.
+
+    A request that finds none ready waits for at most `wait_s` seconds, at most `max_waiting` at a time.
+    """
+
+    backends: Sequence[Backend]
+    wait_s: float = 5.0
+    max_waiting: int = 1024
+    _waiting: int = 0
+    _turn: int = 0
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def changed(self) -> None:
+        """To be called after `ready` or `failed` of a replica has changed."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def choose(self, but: Collection[str] = ()) -> Backend | None:
+        """The ready replica, those named in `but` left out, whose outstanding requests are fewest for its weight.
+
+        Equals take turns.
+        """
+        self._turn += 1
+        count = len(self.backends)
+        best, least = None, float("inf")
+        for offset in range(count):
+            backend = self.backends[(self._turn + offset) % count]
+            load = (backend.outstanding + 1) / backend.weight
+            if backend.ready and load < least and backend.id not in but:
+                best, least = backend, load
+        return best
+
+    async def acquire(self, but: Collection[str] = ()) -> Backend:
+        """The replica to use, waiting for one if need be. Raises NoBackendError."""
+        backend = self.choose(but)
+        if backend is not None:
+            return backend
+        if self._waiting >= self.max_waiting:
+            raise NoBackendError
+        self._waiting += 1
+        try:
+            async with asyncio.timeout(self.wait_s):
+                while True:
+                    if all(backend.failed for backend in self.backends):
+                        raise NoBackendError
+                    await self._changed.wait()
+                    backend = self.choose(but) or self.choose()
+                    if backend is not None:
+                        return backend
+        except TimeoutError:
+            raise NoBackendError from None
+        finally:
+            self._waiting -= 1

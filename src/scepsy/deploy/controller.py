@@ -1,0 +1,274 @@
+"""The process that hosts a deployment: gateway, shims, watch. `python -m scepsy.deploy.controller FOLDER`.
+
+It reads the order from its folder, writes events as JSON lines to its standard output until it is ready, and stops
+everything when it is told to, or when its standard input ends before it was told there to go on alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import aiohttp
+from aiohttp import web
+
+from scepsy.deploy import probe, processes
+from scepsy.deploy.backends import Backend, Pool
+from scepsy.deploy.forward import MAX_BODY_BYTES, client, server_options
+from scepsy.deploy.gateway import Gateway
+from scepsy.deploy.mps import MpsDaemon
+from scepsy.deploy.replica import Replica
+from scepsy.deploy.shimmed import StartError
+from scepsy.deploy.specs import Engine
+from scepsy.deploy.state import Order, State, forget, read_order, write_state
+from scepsy_optimizer.errors import ScepsyError
+
+DETACH: Final = b"detach\n"
+"""What the starter writes to the standard input so that the controller outlives it."""
+
+
+class Controller:
+    """One deployment, from its order to its end."""
+
+    def __init__(self, directory: Path, order: Order, session: aiohttp.ClientSession) -> None:
+        self._directory = directory
+        self._order = order
+        self._begun = time.time()
+        self._port = order.port
+        self._ready = False
+        self._told = asyncio.Event()
+        self._mps: MpsDaemon | None = None
+        logs = directory / "logs"
+        logs.mkdir(exist_ok=True)
+        self._turns = _Turns(order)
+        backends = {
+            spec.id: Backend(id=spec.id, llm=spec.llm, url=spec.url, weight=spec.fraction) for spec in order.specs
+        }
+        llms = list(dict.fromkeys(spec.llm for spec in order.specs))
+        pools = {llm: Pool([backend for backend in backends.values() if backend.llm == llm]) for llm in llms}
+        self._replicas = [
+            Replica(
+                spec,
+                pools[spec.llm],
+                backends[spec.id],
+                logs=logs,
+                grace_s=order.grace_s,
+                start_timeout_s=order.start_timeout_s,
+                session=session,
+                turn=self._turns.of(spec.id),
+                on_change=self._note,
+                on_event=lambda text: report(event=text),
+            )
+            for spec in order.specs
+        ]
+        models = {
+            spec.llm: {
+                "id": spec.llm,
+                "object": "model",
+                "created": int(self._begun),
+                "owned_by": "scepsy",
+                "root": spec.model,
+                "parent": None,
+            }
+            for spec in order.specs
+        }
+        self.gateway = Gateway(pools, session, models=models, status=self.status)
+
+    def status(self) -> Mapping[str, Any]:
+        """What runs now, in plain values."""
+        return {
+            "name": self._order.name,
+            "engine": self._order.engine,
+            "ready": self._ready,
+            "pid": os.getpid(),
+            "up_s": round(time.time() - self._begun, 3),
+            "in_flight": self.gateway.in_flight,
+            "replicas": [replica.status() for replica in self._replicas],
+        }
+
+    def end(self) -> None:
+        """Make `run` stop everything and return."""
+        self._told.set()
+
+    async def run(self) -> None:
+        """Serve until told to end. Raises ScepsyError if the start fails; nothing is then left."""
+        async with AsyncExitStack() as stack:
+            self._port = await stack.enter_async_context(_served(self.gateway, self._order))
+            self._note()
+            stack.push_async_callback(self._stop)
+            told = asyncio.ensure_future(self._told.wait())
+            work = asyncio.ensure_future(self._work())
+            await asyncio.wait([told, work], return_when=asyncio.FIRST_COMPLETED)
+            told.cancel()
+            work.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await work
+        forget(self._directory)
+
+    async def _work(self) -> None:
+        try:
+            if self._order.mps_directory is not None:
+                self._mps = MpsDaemon(self._order.mps_directory, self._directory / "logs" / "mps.log")
+                await self._mps.start()
+                self._note()
+            await _together(replica.start() for replica in self._replicas)
+        except StartError as error:
+            raise ScepsyError(str(error)) from None
+        self._ready = True
+        report(ready=self._port)
+        await _together(replica.keep() for replica in self._replicas)
+
+    async def _stop(self) -> None:
+        # First the answers, then the engines: an engine that is told ends its answers as if they were whole.
+        await self.gateway.drain(self._order.drain_s if self._ready else 0.0)
+        await asyncio.gather(*(replica.stop() for replica in self._replicas))
+        if self._mps is not None:
+            await self._mps.stop()
+
+    def _note(self) -> None:
+        """Write down which processes there are, so that whoever comes after a crash can end them."""
+        kept = [replica.kept for replica in self._replicas] + [self._mps.kept if self._mps is not None else None]
+        state = State(
+            name=self._order.name,
+            boot=processes.boot_id(),
+            controller=processes.identify(os.getpid()),
+            engine=self._order.engine,
+            host=self._order.host,
+            port=self._port,
+            kept=tuple(one for one in kept if one is not None),
+        )
+        write_state(self._directory, state)
+
+
+class _Turns:
+    """Who may start when: those that share a device one after another, and only so many at once as there are cores."""
+
+    def __init__(self, order: Order) -> None:
+        self._limit = asyncio.Semaphore(_at_once(order.engine))
+        self._locks: dict[tuple[str, int], asyncio.Lock] = {}
+        self._of: dict[str, list[asyncio.Lock]] = {}
+        for spec in order.specs:
+            # Emulators share nothing: only real engines measure the memory that is free when they start.
+            places = [] if order.engine == "emulator" else sorted((spec.node, device) for device in spec.devices)
+            self._of[spec.id] = [self._locks.setdefault(place, asyncio.Lock()) for place in places]
+
+    def of(self, spec_id: str) -> Callable[[], contextlib.AbstractAsyncContextManager[None]]:
+        """What a replica holds while it starts."""
+
+        @asynccontextmanager
+        async def turn() -> AsyncIterator[None]:
+            async with AsyncExitStack() as stack:
+                for lock in self._of[spec_id]:
+                    await stack.enter_async_context(lock)
+                async with self._limit:
+                    yield
+
+        return turn
+
+
+def _at_once(engine: Engine) -> int:
+    count = len(os.sched_getaffinity(0))
+    # vLLM's start keeps several cores busy for long, an emulator's one for half a second.
+    return max(1, {"vllm": count // 4, "vllm-cpu": count // 2, "emulator": 2 * count}[engine])
+
+
+@asynccontextmanager
+async def _served(gateway: Gateway, order: Order) -> AsyncIterator[int]:
+    """The gateway on its port, which is chosen here if the order's is 0. Raises ScepsyError if it is taken."""
+    app = web.Application(client_max_size=MAX_BODY_BYTES)
+    gateway.add_routes(app)
+    runner = web.AppRunner(app, shutdown_timeout=0.1, **server_options())
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, order.host, order.port, backlog=1024)
+        try:
+            await site.start()
+        except OSError as error:
+            raise ScepsyError(_cannot_bind(error, order)) from error
+        yield int(runner.addresses[0][1])
+    finally:
+        await runner.cleanup()
+
+
+def _cannot_bind(error: OSError, order: Order) -> str:
+    if error.errno != errno.EADDRINUSE:
+        return f"cannot listen on {order.host}:{order.port}: {error.strerror}"
+    owners = [str(pid) for pid in probe.listeners(order.port) if pid is not None]
+    by = f" by process {', '.join(owners)}" if owners else ""
+    return f"port {order.port} on {order.host} is in use{by}; end that, or give another port (--port)"
+
+
+async def _together(work: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Run all at once; if one fails, the others are cancelled and its error is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for one in work:
+                group.create_task(one)
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+
+
+def report(**fields: object) -> None:
+    """Tell the starter; it may have gone."""
+    try:
+        print(json.dumps(fields), flush=True)  # noqa: T201 - the starter reads it
+    except BrokenPipeError:
+        # Nobody will read it, nor what is left in the buffer.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if "event" in fields:
+        print(f"{time.strftime('%F %T')} {fields['event']}", file=sys.stderr, flush=True)  # noqa: T201 - the log
+
+
+async def _watch_starter(controller: Controller) -> None:
+    """End with the starter, unless it says to go on alone."""
+    reader = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    if await reader.readline() != DETACH:
+        controller.end()
+
+
+async def _main(directory: Path) -> None:
+    order = read_order(directory)
+    loop = asyncio.get_running_loop()
+    async with client() as session:
+        controller = Controller(directory, order, session)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.add_signal_handler(number, controller.end)
+        watch = asyncio.create_task(_watch_starter(controller))
+        try:
+            await controller.run()
+        finally:
+            watch.cancel()
+
+
+def main() -> int:
+    """Entry point; returns the exit code."""
+    try:
+        import uvloop
+    except ImportError:
+        factory = None
+    else:
+        factory = uvloop.new_event_loop
+    directory = Path(sys.argv[1])
+    try:
+        with asyncio.Runner(loop_factory=factory) as runner:
+            runner.run(_main(directory))
+    except ScepsyError as error:
+        forget(directory)
+        report(error=str(error))
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

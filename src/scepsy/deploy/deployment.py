@@ -1,0 +1,395 @@
+"""Start a plan, find what runs, end it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Final, Self
+
+from pydantic import TypeAdapter
+
+from scepsy.deploy import machine, processes, quota, state
+from scepsy.deploy.processes import Identity
+from scepsy.deploy.specs import (
+    DEFAULT_COMMAND,
+    ENGINES,
+    Engine,
+    ReplicaSpec,
+    emulator_specs,
+    vllm_cpu_specs,
+    vllm_specs,
+)
+from scepsy.files import save_plan, save_profile
+from scepsy_optimizer.engine import Engine as EngineModel
+from scepsy_optimizer.errors import ScepsyError
+from scepsy_optimizer.plan import Plan
+from scepsy_optimizer.profile import GIB, LLMProfile
+
+_DETACH: Final = b"detach\n"
+_START_TIMEOUT_S: Final = {"vllm": 1800.0, "vllm-cpu": 600.0, "emulator": 60.0}
+_GRACE_S: Final = 15.0
+_DRAIN_S: Final = 5.0
+_NEEDED: Final = ("aiohttp", "prometheus_client", "psutil")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaStatus:
+    """One replica now. `phase` is waiting, starting, ready, restarting, failed or stopped."""
+
+    id: str
+    llm: str
+    phase: str
+    place: str
+    url: str
+    pid: int | None
+    outstanding: int
+    served: int
+    restarts: int
+    last_error: str
+    log: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """A deployment now. `ready` is whether its start is done; `in_flight` the requests being answered."""
+
+    name: str
+    engine: str
+    ready: bool
+    pid: int
+    up_s: float
+    in_flight: int
+    replicas: tuple[ReplicaStatus, ...]
+
+
+class Deployment:
+    """A running deployment. As a context manager it stops at the end of the block."""
+
+    def __init__(
+        self, name: str, host: str, port: int, controller: Identity, process: subprocess.Popen[bytes] | None = None
+    ) -> None:
+        self.name = name
+        self.directory = state.folder(name)
+        self._host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104 - compared, not bound
+        self._port = port
+        self._controller = controller
+        self._process = process
+
+    @property
+    def url(self) -> str:
+        """The base URL for OpenAI clients."""
+        return f"http://{self._host}:{self._port}/v1"
+
+    def status(self) -> Status:
+        """What runs now. Raises ScepsyError if the deployment has ended."""
+        try:
+            with urllib.request.urlopen(f"http://{self._host}:{self._port}/scepsy/status", timeout=10) as answer:
+                return TypeAdapter(Status).validate_json(answer.read())
+        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+            if not self._controller.alive:
+                raise ScepsyError(f"deployment {self.name!r} has ended; see {self.directory / 'logs'}") from error
+            raise ScepsyError(f"deployment {self.name!r} does not answer at {self.url}") from error
+
+    def stop(self) -> None:
+        """End the deployment and everything that it started. Stopping what has ended is no error."""
+        note = state.read_state(self.directory)
+        processes.end(self._controller, _DRAIN_S + _GRACE_S + 20)
+        if self._process is not None:
+            self._process.wait()
+        # Nothing is left after an orderly end; a controller that was killed leaves its note.
+        if note is not None and note.controller == self._controller:
+            for kept in note.kept:
+                state.end_kept(kept)
+            state.forget(self.directory)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def deploy(
+    plan: Plan,
+    *,
+    engine: Engine = "vllm",
+    profiles: Mapping[str, LLMProfile] | None = None,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    name: str = "default",
+    command: Sequence[str] | None = None,
+    engine_args: Sequence[str] = (),
+    seed: int = 0,
+    detach: bool = False,
+    start_timeout_s: float | None = None,
+    on_event: Callable[[str], None] | None = None,
+) -> Deployment:
+    """Start every replica of the plan on this machine behind one endpoint; returns when all are ready.
+
+    `engine` is "vllm" (GPUs), "vllm-cpu" (each device a core) or "emulator" (no model, the timing of `profiles`, which
+    it needs). `command` is how one engine is started (default: vllm serve), `engine_args` are added to it, `seed` is
+    the emulators'. With `port` 0 a free one is taken. Unless `detach`, the deployment ends with this process.
+    `on_event` is told of progress, from another thread once all are ready. Raises ScepsyError; nothing is then left
+    running.
+    """
+    _require_extra()
+    if engine not in ENGINES:
+        raise ScepsyError(f"engine {engine!r}: use one of {', '.join(ENGINES)}")
+    if not plan.llms:
+        raise ScepsyError("the plan has no LLMs to deploy")
+    told = on_event or (lambda _event: None)
+    directory = state.folder(name)
+    with _claim(name, directory) as lock:
+        for old in ("logs", "profiles"):
+            shutil.rmtree(directory / old, ignore_errors=True)
+        (directory / "logs").mkdir()
+        save_plan(plan, directory / "plan.yaml")
+        specs, mps = _specs(plan, engine, profiles or {}, directory, command, engine_args, seed, told)
+        order = state.Order(
+            name=name,
+            engine=engine,
+            host=host,
+            port=port,
+            specs=specs,
+            start_timeout_s=start_timeout_s or _START_TIMEOUT_S[engine],
+            grace_s=_GRACE_S,
+            drain_s=_DRAIN_S,
+            mps_directory=mps,
+        )
+        state.write_order(directory, order)
+        told(f"starting {len(specs)} replicas of {len(plan.llms)} LLMs ({engine})")
+        return _launch(order, directory, lock, told, detach=detach)
+
+
+def find(name: str = "default") -> Deployment:
+    """The running deployment of that name. Raises ScepsyError if there is none.
+
+    What a killed deployment has left is ended first.
+    """
+    directory = state.folder(name)
+    note = state.read_state(directory)
+    if note is None:
+        known = ", ".join(state.names()) or "none"
+        raise ScepsyError(f"no deployment {name!r} is running (running: {known})")
+    if note.boot != processes.boot_id() or not note.controller.alive:
+        _sweep(directory)
+        raise ScepsyError(
+            f"deployment {name!r} had ended unasked; what it left is ended now. Its logs: {directory}/logs"
+        )
+    return Deployment(name, note.host, note.port, note.controller)
+
+
+def stop(name: str = "default") -> None:
+    """End the deployment of that name and everything that it started. Raises ScepsyError if there is none."""
+    if _sweep(state.folder(name)):
+        return
+    find(name).stop()
+
+
+def list_deployments() -> tuple[Deployment, ...]:
+    """All running deployments, by name; what killed ones have left is ended."""
+    found = []
+    for name in state.names():
+        if not _sweep(state.folder(name)):
+            with contextlib.suppress(ScepsyError):  # it may end meanwhile
+                found.append(find(name))
+    return tuple(found)
+
+
+def _sweep(directory: Path) -> bool:
+    """End what a dead controller has left; False if there is no dead controller."""
+    note = state.read_state(directory)
+    if note is None:
+        return False
+    if note.boot == processes.boot_id():
+        if note.controller.alive:
+            return False
+        for kept in note.kept:
+            state.end_kept(kept)
+    state.forget(directory)
+    return True
+
+
+@contextlib.contextmanager
+def _claim(name: str, directory: Path) -> Iterator[IO[bytes]]:
+    """Hold the name: the lock passes on to the controller, and is free when that has ended."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = (directory / "lock").open("wb")
+    except OSError as error:
+        raise ScepsyError(f"{directory}: cannot be written ({error.strerror}); set SCEPSY_HOME") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ScepsyError(
+                f"a deployment {name!r} is running; end it with `scepsy stop {name}` or give another name (--name)"
+            ) from None
+        _sweep(directory)
+        yield lock
+
+
+def _specs(
+    plan: Plan,
+    engine: Engine,
+    profiles: Mapping[str, LLMProfile],
+    directory: Path,
+    command: Sequence[str] | None,
+    engine_args: Sequence[str],
+    seed: int,
+    on_event: Callable[[str], None],
+) -> tuple[tuple[ReplicaSpec, ...], str | None]:
+    """What to start, after checking that this machine can; and where to start an MPS daemon, if one is needed."""
+    ports = processes.free_ports(sum(part.replicas for part in plan.llms))
+    words = tuple(command or DEFAULT_COMMAND)
+    if engine == "emulator":
+        files = _profile_files(plan, profiles, directory)
+        return emulator_specs(plan, ports=ports, profile_files=files, seed=seed), None
+    if shutil.which(words[0]) is None:
+        raise ScepsyError(
+            f"cannot find {words[0]!r} to start engines with; install it (pip install 'scepsy[vllm]') "
+            'or name it, such as --command "/path/to/python -m vllm.entrypoints.openai.api_server"'
+        )
+    if engine == "vllm-cpu":
+        if any(part.fraction < 1 for part in plan.llms):
+            quota.check_quota()
+        kv = {llm: _kv_cache_gib(plan, profile) for llm, profile in profiles.items() if _has(plan, llm)}
+        specs = vllm_cpu_specs(
+            plan,
+            ports=ports,
+            cores=machine.cores(),
+            kv_cache_gib=kv,
+            command=words,
+            engine_args=engine_args,
+        )
+        return specs, None
+    gpus = machine.find_gpus()
+    mps = started = None
+    # Before the devices are looked at: a plan of several nodes has no place here, whatever this machine has.
+    if len(plan.cluster.nodes) == 1:
+        for remark in machine.check_gpus(plan, gpus):
+            on_event(remark)
+        if any(part.fraction < 1 for part in plan.llms):
+            mps = machine.running_mps()
+            if mps is None:
+                machine.mps_command()
+                mps = started = tempfile.mkdtemp(prefix="scepsy-mps-")
+    uuids = [gpu.uuid for gpu in gpus]
+    specs = vllm_specs(plan, ports=ports, command=words, engine_args=engine_args, gpus=uuids, mps_pipe_directory=mps)
+    return specs, started
+
+
+def _has(plan: Plan, llm: str) -> bool:
+    return any(part.llm == llm for part in plan.llms)
+
+
+def _kv_cache_gib(plan: Plan, profile: LLMProfile) -> int:
+    part = plan.part(profile.llm)
+    tokens = profile.kv_tokens(part.tensor_parallel_size, part.fraction)
+    return max(1, int(tokens * profile.at(part.tensor_parallel_size).kv_bytes_per_token // GIB))
+
+
+def _profile_files(plan: Plan, profiles: Mapping[str, LLMProfile], directory: Path) -> dict[str, str]:
+    """A file for each LLM, its limits as planned. Raises ScepsyError where a profile is missing or does not fit."""
+    files = {}
+    for index, part in enumerate(plan.llms):
+        profile = profiles.get(part.llm)
+        if profile is None:
+            raise ScepsyError(f"engine 'emulator' needs a profile of each LLM, and there is none of {part.llm!r}")
+        planned = replace(
+            profile,
+            max_num_seqs=part.max_num_seqs,
+            max_num_batched_tokens=part.max_num_batched_tokens,
+            max_model_len=part.max_model_len,
+            gpu_memory_utilization=part.gpu_memory_utilization,
+        )
+        # Says here, before anything is started, that the weights do not fit.
+        EngineModel(planned, tensor_parallel_size=part.tensor_parallel_size, fraction=part.fraction)
+        path = directory / "profiles" / f"{index}.yaml"
+        save_profile(planned, path)
+        files[part.llm] = str(path)
+    return files
+
+
+def _launch(
+    order: state.Order, directory: Path, lock: IO[bytes], on_event: Callable[[str], None], *, detach: bool
+) -> Deployment:
+    with (directory / "logs" / "controller.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "scepsy.deploy.controller", str(directory)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            start_new_session=True,
+            pass_fds=(lock.fileno(),),
+        )
+    assert process.stdout is not None  # noqa: S101 - it was started with pipes
+    assert process.stdin is not None  # noqa: S101
+    controller = processes.identify(process.pid)
+    try:
+        port = _until_ready(process.stdout, on_event, directory)
+    except BaseException:
+        processes.end(controller, _GRACE_S + 20)
+        _close(process)
+        _sweep(directory)
+        raise
+    if detach:
+        process.stdin.write(_DETACH)
+        process.stdin.flush()
+        process.stdin.close()
+        process.stdout.close()
+        # It is meant to outlive this process, which need not wait for it.
+        process.returncode = 0
+        return Deployment(order.name, order.host, port, controller)
+    threading.Thread(target=_pass_events, args=(process.stdout, on_event), daemon=True).start()
+    return Deployment(order.name, order.host, port, controller, process)
+
+
+def _until_ready(events: IO[bytes], on_event: Callable[[str], None], directory: Path) -> int:
+    for line in events:
+        message: dict[str, Any] = json.loads(line)
+        if "event" in message:
+            on_event(message["event"])
+        elif "error" in message:
+            raise ScepsyError(message["error"])
+        else:
+            return int(message["ready"])
+    log = directory / "logs" / "controller.log"
+    raise ScepsyError(f"the deployment ended while it was starting; see {log}")
+
+
+def _pass_events(events: IO[bytes], on_event: Callable[[str], None]) -> None:
+    with contextlib.suppress(ValueError, OSError):  # closed while reading
+        for line in events:
+            message = json.loads(line)
+            if "event" in message:
+                on_event(message["event"])
+
+
+def _close(process: subprocess.Popen[bytes]) -> None:
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+
+
+def _require_extra() -> None:
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ScepsyError(f"deploying needs {', '.join(missing)}: pip install 'scepsy[deploy]'")

@@ -1,0 +1,224 @@
+"""One OpenAI-compatible endpoint in front of all replicas: reads only the model's name, forwards the rest untouched."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import aiohttp
+from aiohttp import web
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from scepsy.deploy.backends import Backend, NoBackendError, Pool
+from scepsy.deploy.forward import BrokenOffError, NoAnswerError, NotConnectedError, exchange, relay
+
+RETRY_AFTER_S: Final = 2
+REPLICA_HEADER: Final = "x-scepsy-replica"
+_SECONDS: Final = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
+_FORM_MODEL: Final = re.compile(rb'name="?model"?[^\r\n]*\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]*)\r\n')
+# Two engines may be lost to one request, not all of them: what broke them may be the request.
+_LOST_ANSWERS: Final = 2
+
+
+class Gateway:
+    """Routes by model name to the least loaded replica; answers /health, /metrics and /v1/models itself."""
+
+    def __init__(
+        self,
+        pools: Mapping[str, Pool],
+        session: aiohttp.ClientSession,
+        *,
+        models: Mapping[str, Mapping[str, Any]],
+        status: Callable[[], Mapping[str, Any]],
+    ) -> None:
+        """`pools` by LLM; `models` are the entries of /v1/models; `status` is shown under /scepsy/status."""
+        self._pools = pools
+        self._session = session
+        self._models = models
+        self._status = status
+        self._draining = False
+        self._in_flight: set[asyncio.Task[Any]] = set()
+        self._metrics = _Metrics(pools)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that are being forwarded."""
+        return len(self._in_flight)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no new requests, wait for those in flight, and break off those that outlast the time."""
+        self._draining = True
+        if self._in_flight:
+            await asyncio.wait(self._in_flight, timeout=timeout_s)
+        for task in list(self._in_flight):
+            task.cancel()
+
+    def add_routes(self, app: web.Application) -> None:
+        """Make the application this gateway."""
+        app.add_routes(
+            [
+                web.get("/health", self._health),
+                web.get("/metrics", self._show_metrics),
+                web.get("/v1/models", self._list_models),
+                web.get("/v1/models/{model:.+}", self._show_model),
+                web.get("/scepsy/status", self._show_status),
+                web.route("*", "/{path:.*}", self.forward),
+            ]
+        )
+
+    async def forward(self, request: web.Request) -> web.StreamResponse:
+        """Answer from a replica of the model that the request names."""
+        if self._draining:
+            return _unavailable("the deployment is stopping")
+        body = await request.read()
+        name = model_name(body, request.content_type)
+        if name is None:
+            if len(self._pools) > 1:
+                return _error(400, "the request names no model", "BadRequestError", "model")
+            name = next(iter(self._pools))
+        pool = self._pools.get(name)
+        if pool is None:
+            known = ", ".join(self._pools)
+            return _error(404, f"The model `{name}` does not exist. There are: {known}.", "NotFoundError", "model")
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - handlers run in tasks
+        self._in_flight.add(task)
+        started_s = time.perf_counter()
+        try:
+            return await self._send(request, body, pool, name, started_s)
+        finally:
+            self._in_flight.discard(task)
+
+    async def _send(
+        self, request: web.Request, body: bytes, pool: Pool, name: str, started_s: float
+    ) -> web.StreamResponse:
+        tried: set[str] = set()
+        lost = 0
+        while True:
+            try:
+                backend = await pool.acquire(tried)
+            except NoBackendError:
+                self._metrics.done(name, "", 503, started_s)
+                return _unavailable(f"no replica of `{name}` is ready")
+            backend.outstanding += 1
+            status = 499
+            try:
+                async with exchange(self._session, request, body, backend.url) as answer:
+                    status = answer.status
+                    self._metrics.first_byte(name, started_s)
+                    response = await relay(request, answer, extra={REPLICA_HEADER: backend.id})
+                    backend.served += 1
+                    return response
+            except NotConnectedError:
+                status = 502
+                tried.add(backend.id)
+            except NoAnswerError:
+                status = 502
+                lost += 1
+                tried.add(backend.id)
+                if lost == _LOST_ANSWERS:
+                    return _error(502, f"{lost} replicas of `{name}` ended while answering", "BadGatewayError", None)
+            except BrokenOffError:
+                status = 502
+                # The connection is closed; what is returned goes nowhere.
+                return web.Response(status=status)
+            finally:
+                backend.outstanding -= 1
+                self._metrics.done(name, backend.id, status, started_s)
+
+    async def _health(self, _request: web.Request) -> web.Response:
+        missing = [name for name, pool in self._pools.items() if not any(backend.ready for backend in pool.backends)]
+        if missing:
+            return web.json_response({"status": "not ready", "without_replica": missing}, status=503)
+        return web.json_response({"status": "ok"})
+
+    async def _show_metrics(self, _request: web.Request) -> web.Response:
+        return web.Response(body=self._metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4"})
+
+    async def _list_models(self, _request: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": list(self._models.values())})
+
+    async def _show_model(self, request: web.Request) -> web.Response:
+        name = request.match_info["model"]
+        if name not in self._models:
+            return _error(404, f"The model `{name}` does not exist.", "NotFoundError", "model")
+        return web.json_response(self._models[name])
+
+    async def _show_status(self, _request: web.Request) -> web.Response:
+        return web.json_response(self._status())
+
+
+class _Metrics:
+    """The gateway's own counts for Prometheus."""
+
+    def __init__(self, pools: Mapping[str, Pool]) -> None:
+        self._registry = registry = CollectorRegistry()
+        self._requests = Counter(
+            "scepsy_gateway_requests", "Requests answered.", ("llm", "replica", "status"), registry=registry
+        )
+        self._seconds = Histogram(
+            "scepsy_gateway_request_seconds", "Arrival to last byte.", ("llm",), registry=registry, buckets=_SECONDS
+        )
+        self._first = Histogram(
+            "scepsy_gateway_first_byte_seconds", "Arrival to first byte.", ("llm",), registry=registry, buckets=_SECONDS
+        )
+        outstanding = Gauge(
+            "scepsy_gateway_outstanding", "Requests being answered.", ("llm", "replica"), registry=registry
+        )
+        ready = Gauge("scepsy_gateway_ready", "1 if the replica is ready.", ("llm", "replica"), registry=registry)
+        for pool in pools.values():
+            for backend in pool.backends:
+                _watch(outstanding, ready, backend)
+        # Children are looked up once per combination: a lookup by labels costs as much as all else here.
+        self._counters: dict[tuple[str, str, int], Counter] = {}
+        self._timed = {name: self._seconds.labels(name) for name in pools}
+        self._firsts = {name: self._first.labels(name) for name in pools}
+
+    def first_byte(self, llm: str, started_s: float) -> None:
+        self._firsts[llm].observe(time.perf_counter() - started_s)
+
+    def done(self, llm: str, replica: str, status: int, started_s: float) -> None:
+        key = (llm, replica, status)
+        counter = self._counters.get(key)
+        if counter is None:
+            counter = self._counters[key] = self._requests.labels(llm, replica, str(status))
+        counter.inc()
+        self._timed[llm].observe(time.perf_counter() - started_s)
+
+    def text(self) -> bytes:
+        return generate_latest(self._registry)
+
+
+def _watch(outstanding: Gauge, ready: Gauge, backend: Backend) -> None:
+    outstanding.labels(backend.llm, backend.id).set_function(lambda: backend.outstanding)
+    ready.labels(backend.llm, backend.id).set_function(lambda: float(backend.ready))
+
+
+def model_name(body: bytes, content_type: str) -> str | None:
+    """The model that a request's body names, in JSON or as a form field; None if it names none."""
+    if content_type == "multipart/form-data":
+        found = _FORM_MODEL.search(body)
+        return found[1].decode("utf-8", "replace") if found else None
+    if not body:
+        return None
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    name = content.get("model") if isinstance(content, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def _unavailable(message: str) -> web.Response:
+    response = _error(503, message, "ServiceUnavailableError", None)
+    response.headers["Retry-After"] = str(RETRY_AFTER_S)
+    return response
+
+
+def _error(status: int, message: str, kind: str, param: str | None) -> web.Response:
+    error = {"message": message, "type": kind, "param": param, "code": status}
+    return web.json_response({"error": error}, status=status)

@@ -1,0 +1,250 @@
+"""One replica over its life: start, ready, watched, started again when it ends unasked, stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import aiohttp
+
+from scepsy.deploy import probe, processes, quota
+from scepsy.deploy.backends import Backend, Pool
+from scepsy.deploy.shimmed import START_MARK, Shimmed, StartError, exit_text
+from scepsy.deploy.specs import ReplicaSpec
+from scepsy.deploy.state import Kept
+
+Phase = Literal["waiting", "starting", "ready", "restarting", "failed", "stopped"]
+
+LAST_LINES: Final = 20
+_POLL_S: Final = (0.05, 0.5)  # between looks at a starting replica, first and longest
+_HEALTH_EVERY_S: Final = 5.0
+_HEALTH_TIMEOUT_S: Final = 10.0
+_HEALTH_MISSES: Final = 6
+_BACK_OFF_S: Final = (1.0, 60.0)
+_STEADY_S: Final = 600.0  # after this long in service, an end counts as the first again
+_EARLY_ENDS: Final = 5  # so many starts in a row that never became ready, and it is given up
+
+_CAUSE = re.compile(r"\b(?:\w*(?:Error|Exception)\b.*|.*out of memory.*|.*No available memory.*)", re.IGNORECASE)
+_NO_CAUSE = re.compile(
+    r"Engine core initialization failed|EngineDeadError|^Traceback|RuntimeWarning|DeprecationWarning"
+)
+
+
+class Replica:
+    """Keeps one replica of the plan alive, and its backend's readiness true."""
+
+    def __init__(
+        self,
+        spec: ReplicaSpec,
+        pool: Pool,
+        backend: Backend,
+        *,
+        logs: Path,
+        grace_s: float,
+        start_timeout_s: float,
+        session: aiohttp.ClientSession,
+        turn: Callable[[], AbstractAsyncContextManager[None]],
+        on_change: Callable[[], None],
+        on_event: Callable[[str], None],
+    ) -> None:
+        """`turn` is held while starting: replicas on one device start one after another."""
+        self.spec = spec
+        self.backend = backend
+        self.phase: Phase = "waiting"
+        self.restarts = 0
+        self.last_error = ""
+        self._pool = pool
+        self._log = logs / f"{spec.id}.log"
+        self._grace_s = grace_s
+        self._start_timeout_s = start_timeout_s
+        self._session = session
+        self._turn = turn
+        self._on_change = on_change
+        self._on_event = on_event
+        self._process: Shimmed | None = None
+
+    @property
+    def kept(self) -> Kept | None:
+        """The processes of this replica, for the state file."""
+        return self._process.kept if self._process is not None else None
+
+    def status(self) -> Mapping[str, Any]:
+        """What it does now, in plain values."""
+        engine = self._process.kept.engine if self._process is not None else None
+        return {
+            "id": self.spec.id,
+            "llm": self.spec.llm,
+            "phase": self.phase,
+            "place": self.spec.place,
+            "url": self.spec.url,
+            "pid": engine.pid if engine is not None else None,
+            "outstanding": self.backend.outstanding,
+            "served": self.backend.served,
+            "restarts": self.restarts,
+            "last_error": self.last_error,
+            "log": str(self._log),
+        }
+
+    async def start(self) -> None:
+        """Bring it up once. Raises StartError; nothing of it is then left."""
+        async with self._turn():
+            self._set("starting")
+            begun_s = time.monotonic()
+            try:
+                process = await self._launch()
+                await self._until_ready(process, begun_s + self._start_timeout_s)
+            except BaseException as error:
+                await self._end()
+                if isinstance(error, StartError):
+                    self.last_error = str(error)
+                raise
+        self._on_event(f"{self.spec.id} ready after {time.monotonic() - begun_s:.1f} s ({self.spec.place})")
+        self._set("ready")
+
+    async def keep(self) -> None:
+        """Watch it for ever; start it again when it ends."""
+        early = 0
+        while True:
+            ready_s = time.monotonic()
+            reason = await self._until_broken()
+            self._set("restarting")
+            self.last_error = reason
+            self._on_event(f"{self.spec.id} {reason}; starting it again")
+            await self._end()
+            if time.monotonic() - ready_s > _STEADY_S:
+                early = 0
+            while True:
+                await asyncio.sleep(min(_BACK_OFF_S[1], _BACK_OFF_S[0] * 2 ** min(early, 10)))
+                self.restarts += 1
+                early += 1
+                try:
+                    await self.start()
+                    break
+                except StartError as error:
+                    self._set("restarting")
+                    self._on_event(str(error).splitlines()[0])
+                    if early >= _EARLY_ENDS:
+                        self._set("failed")
+                        self._on_event(f"{self.spec.id} given up after {early} starts; see {self._log}")
+                        await asyncio.Event().wait()
+
+    async def stop(self) -> None:
+        """End it and everything that it started."""
+        self._set("stopped")
+        await self._end()
+
+    def _set(self, phase: Phase) -> None:
+        self.phase = phase
+        self.backend.ready = phase == "ready"
+        self.backend.failed = phase in ("failed", "stopped")
+        self.backend.url = self.spec.url
+        self._pool.changed()
+        self._on_change()
+
+    async def _launch(self) -> Shimmed:
+        if not processes.port_is_free(self.spec.port):
+            self.spec = self.spec.on_port(processes.free_ports(1)[0])
+        spec = self.spec
+        process = await Shimmed.launch(spec.id, spec.argv, spec.env, log=self._log, grace_s=self._grace_s)
+        self._process = process
+        self._on_change()
+        return process
+
+    async def _until_ready(self, process: Shimmed, deadline_s: float) -> None:
+        """Alive, healthy, serving the right model, and the port's listener is our own."""
+        wait_s = _POLL_S[0]
+        while True:
+            if process.ended.done():
+                end = exit_text(process.ended.result())
+                raise StartError(
+                    f"{self.spec.id} ({self.spec.place}) ended before it was ready ({end}). {self._last_words()}"
+                )
+            if time.monotonic() > deadline_s:
+                raise StartError(
+                    f"{self.spec.id} ({self.spec.place}) was not ready after {self._start_timeout_s:g} s. "
+                    f"{self._last_words()}"
+                )
+            if await self._serves() and await asyncio.to_thread(self._owns_port, process):
+                break
+            # Its end is seen at once, its readiness at the next look.
+            await asyncio.wait([process.ended], timeout=wait_s)
+            wait_s = min(_POLL_S[1], 1.3 * wait_s)
+        if self.spec.core_quota is not None:
+            self._limit_workers(process, self.spec.core_quota)
+
+    async def _serves(self) -> bool:
+        timeout = aiohttp.ClientTimeout(total=_HEALTH_TIMEOUT_S)
+        try:
+            async with self._session.get(f"{self.spec.url}/health", timeout=timeout) as answer:
+                if answer.status != 200:
+                    return False
+            async with self._session.get(f"{self.spec.url}/v1/models", timeout=timeout) as answer:
+                models = await answer.json()
+                return any(model["id"] == self.spec.llm for model in models["data"])
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def _owns_port(self, process: Shimmed) -> bool:
+        owners = probe.listeners(self.spec.port)
+        return bool(owners) and owners <= probe.tree(process.pid)
+
+    def _limit_workers(self, process: Shimmed, part: float) -> None:
+        workers = [pid for pid in probe.tree(process.pid) if probe.title(pid).startswith("VLLM::Worker")]
+        if not workers:
+            raise StartError(f"{self.spec.id}: no worker process to limit to {part:g} of its core was found")
+        for number, pid in enumerate(workers):
+            try:
+                quota.limit(self._quota_name(number), pid, part)
+            except OSError as error:
+                raise StartError(f"{self.spec.id}: cannot limit a worker to {part:g} of its core: {error}") from error
+
+    def _quota_name(self, number: int) -> str:
+        return f"scepsy-{self.spec.port}-{number}"
+
+    async def _until_broken(self) -> str:
+        """Wait until the engine has ended or does not answer any more; says which."""
+        process = self._process
+        assert process is not None  # noqa: S101 - it was started
+        misses = 0
+        while True:
+            done, _ = await asyncio.wait([process.ended], timeout=_HEALTH_EVERY_S)
+            if done:
+                return f"ended unasked ({exit_text(process.ended.result())})"
+            misses = 0 if await self._healthy() else misses + 1
+            if misses >= _HEALTH_MISSES:
+                return f"did not answer {misses} health checks"
+
+    async def _healthy(self) -> bool:
+        timeout = aiohttp.ClientTimeout(total=_HEALTH_TIMEOUT_S)
+        try:
+            async with self._session.get(f"{self.spec.url}/health", timeout=timeout) as answer:
+                return answer.status == 200
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            return False
+
+    async def _end(self) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        await process.end()
+        if self.spec.core_quota is not None:
+            for number in range(self.spec.tensor_parallel_size):
+                quota.release(self._quota_name(number))
+
+    def _last_words(self) -> str:
+        """The last lines of its last start, and the first error among them that says more than that it failed."""
+        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
+        starts = [number for number, line in enumerate(lines) if line.startswith(START_MARK)]
+        own = [line.rstrip() for line in lines[starts[-1] + 1 if starts else 0 :] if line.strip()]
+        if not own:
+            return f"It wrote nothing to {self._log}."
+        causes = [found[0] for line in own if not _NO_CAUSE.search(line) and (found := _CAUSE.search(line))]
+        last = own[-LAST_LINES:]
+        shown = [f"Cause: {causes[0][:500]}"] if causes and not any(causes[0] in line for line in last) else []
+        text = "\n".join(f"  {line[:500]}" for line in [*shown, *last])
+        return f"Its last lines, from {self._log}:\n{text}"

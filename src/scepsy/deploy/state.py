@@ -1,0 +1,122 @@
+"""What is on disk about a deployment, so that another process can find, show and end it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from scepsy.deploy.processes import Identity, end, end_session
+from scepsy.deploy.specs import Engine, ReplicaSpec
+from scepsy_optimizer.errors import ScepsyError
+
+_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What a controller is to start. Times in seconds; `mps_directory` is where an MPS daemon is to be started."""
+
+    name: str
+    engine: Engine
+    host: str
+    port: int
+    specs: tuple[ReplicaSpec, ...]
+    start_timeout_s: float
+    grace_s: float
+    drain_s: float
+    mps_directory: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """A process that a shim keeps: the shim, the engine that leads a session, and its scratch folder."""
+
+    id: str
+    shim: Identity
+    engine: Identity | None
+    scratch: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """Which processes make up a deployment, and where it answers."""
+
+    name: str
+    boot: str
+    controller: Identity
+    engine: Engine
+    host: str
+    port: int
+    kept: tuple[Kept, ...] = ()
+
+
+_ORDER = TypeAdapter(Order)
+_STATE = TypeAdapter(State)
+
+
+def deployments_folder() -> Path:
+    """Where deployments are noted: `$SCEPSY_HOME/deployments`, by default in `~/.scepsy`."""
+    home = os.environ.get("SCEPSY_HOME")
+    return (Path(home) if home else Path.home() / ".scepsy") / "deployments"
+
+
+def folder(name: str) -> Path:
+    """The folder of the deployment of that name. Raises ScepsyError for a name that cannot be one."""
+    if not _NAME.match(name):
+        raise ScepsyError(f"deployment name {name!r}: use letters, digits, '.', '_' and '-', at most 64")
+    return deployments_folder() / name
+
+
+def names() -> Iterator[str]:
+    """Names of all deployments that are noted."""
+    root = deployments_folder()
+    if root.is_dir():
+        yield from sorted(path.name for path in root.iterdir() if (path / "state.json").exists())
+
+
+def write_order(directory: Path, order: Order) -> None:
+    """Leave the order where the controller finds it."""
+    (directory / "order.json").write_bytes(_ORDER.dump_json(order))
+
+
+def read_order(directory: Path) -> Order:
+    """The order in that folder."""
+    return _ORDER.validate_json((directory / "order.json").read_bytes())
+
+
+def write_state(directory: Path, state: State) -> None:
+    """Replace the note as a whole, so that a reader never sees half of it."""
+    part = directory / "state.json.part"
+    part.write_bytes(_STATE.dump_json(state))
+    part.replace(directory / "state.json")
+
+
+def read_state(directory: Path) -> State | None:
+    """The note in that folder; None if there is none. Raises ScepsyError if it cannot be understood."""
+    path = directory / "state.json"
+    try:
+        return _STATE.validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise ScepsyError(f"{path}: not the note of a deployment; remove it if nothing of it runs") from error
+
+
+def forget(directory: Path) -> None:
+    """Remove the notes; logs and plan stay until the name is used again."""
+    for name in ("state.json", "order.json"):
+        (directory / name).unlink(missing_ok=True)
+
+
+def end_kept(kept: Kept) -> None:
+    """End what a shim kept, the shim included, however much of it has been killed already."""
+    end(kept.shim, 20.0)
+    if kept.engine is not None:
+        end_session(kept.engine)
+    shutil.rmtree(kept.scratch, ignore_errors=True)
