@@ -95,7 +95,8 @@ class LLMProfile:
     """How fast one LLM runs on one device type.
 
     `llm` is the served model name that calls name, `model` what vLLM loads (a Hugging Face id or a directory).
-    `host_s` is the engine's own time per step, added to every step time of the tables.
+    `host_s` is the engine's own time per step, added to every step time of the tables; `request_s` the time of a call
+    outside the engine's steps (HTTP, tokenising), which occupies nothing that other calls wait for.
     """
 
     llm: str
@@ -106,6 +107,7 @@ class LLMProfile:
     provenance: Provenance
     slowdown: FractionSlowdown = FractionSlowdown()
     host_s: float = 0.0
+    request_s: float = 0.0
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
     max_model_len: int = 32768
