@@ -9,34 +9,25 @@ import json
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final, Self
 
 from pydantic import TypeAdapter
 
-from scepsy.deploy import machine, processes, quota, state
+from scepsy.deploy import processes, quota, state
+from scepsy.deploy.prepare import prepare
 from scepsy.deploy.processes import Identity
-from scepsy.deploy.specs import (
-    DEFAULT_COMMAND,
-    ENGINES,
-    Engine,
-    ReplicaSpec,
-    emulator_specs,
-    vllm_cpu_specs,
-    vllm_specs,
-)
-from scepsy.files import save_plan, save_profile
-from scepsy_optimizer.engine import Engine as EngineModel
+from scepsy.deploy.specs import ENGINES, Engine
+from scepsy.files import save_plan
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.plan import Plan
-from scepsy_optimizer.profile import GIB, LLMProfile
+from scepsy_optimizer.profile import LLMProfile
 
 _DETACH: Final = b"detach\n"
 _START_TIMEOUT_S: Final = {"vllm": 1800.0, "vllm-cpu": 600.0, "emulator": 60.0}
@@ -79,14 +70,22 @@ class Deployment:
     """A running deployment. As a context manager it stops at the end of the block."""
 
     def __init__(
-        self, name: str, host: str, port: int, controller: Identity, process: subprocess.Popen[bytes] | None = None
+        self,
+        name: str,
+        host: str,
+        port: int,
+        controller: Identity,
+        process: subprocess.Popen[bytes] | None = None,
+        events: threading.Thread | None = None,
     ) -> None:
+        """`process` and `events`, which reads its output, are there in the process that started it."""
         self.name = name
         self.directory = state.folder(name)
         self._host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104 - compared, not bound
         self._port = port
         self._controller = controller
         self._process = process
+        self._events = events
 
     @property
     def url(self) -> str:
@@ -108,12 +107,10 @@ class Deployment:
         note = state.read_state(self.directory)
         processes.end(self._controller, _DRAIN_S + _GRACE_S + 20)
         if self._process is not None:
-            self._process.wait()
-        # Nothing is left after an orderly end; a controller that was killed leaves its note.
+            _close(self._process, self._events)
+        # An orderly end leaves nothing; a controller that was killed leaves its note.
         if note is not None and note.controller == self._controller:
-            for kept in note.kept:
-                state.end_kept(kept)
-            state.forget(self.directory)
+            _sweep(self.directory)
 
     def __enter__(self) -> Self:
         return self
@@ -159,7 +156,16 @@ def deploy(
             shutil.rmtree(directory / old, ignore_errors=True)
         (directory / "logs").mkdir()
         save_plan(plan, directory / "plan.yaml")
-        specs, mps = _specs(plan, engine, profiles or {}, directory, command, engine_args, seed, told)
+        specs, mps = prepare(
+            plan,
+            engine,
+            profiles=profiles or {},
+            directory=directory,
+            command=command,
+            engine_args=engine_args,
+            seed=seed,
+            on_event=told,
+        )
         order = state.Order(
             name=name,
             engine=engine,
@@ -221,6 +227,7 @@ def _sweep(directory: Path) -> bool:
             return False
         for kept in note.kept:
             state.end_kept(kept)
+        quota.release_unused()
     state.forget(directory)
     return True
 
@@ -242,88 +249,6 @@ def _claim(name: str, directory: Path) -> Iterator[IO[bytes]]:
             ) from None
         _sweep(directory)
         yield lock
-
-
-def _specs(
-    plan: Plan,
-    engine: Engine,
-    profiles: Mapping[str, LLMProfile],
-    directory: Path,
-    command: Sequence[str] | None,
-    engine_args: Sequence[str],
-    seed: int,
-    on_event: Callable[[str], None],
-) -> tuple[tuple[ReplicaSpec, ...], str | None]:
-    """What to start, after checking that this machine can; and where to start an MPS daemon, if one is needed."""
-    ports = processes.free_ports(sum(part.replicas for part in plan.llms))
-    words = tuple(command or DEFAULT_COMMAND)
-    if engine == "emulator":
-        files = _profile_files(plan, profiles, directory)
-        return emulator_specs(plan, ports=ports, profile_files=files, seed=seed), None
-    if shutil.which(words[0]) is None:
-        raise ScepsyError(
-            f"cannot find {words[0]!r} to start engines with; install it (pip install 'scepsy[vllm]') "
-            'or name it, such as --command "/path/to/python -m vllm.entrypoints.openai.api_server"'
-        )
-    if engine == "vllm-cpu":
-        if any(part.fraction < 1 for part in plan.llms):
-            quota.check_quota()
-        kv = {llm: _kv_cache_gib(plan, profile) for llm, profile in profiles.items() if _has(plan, llm)}
-        specs = vllm_cpu_specs(
-            plan,
-            ports=ports,
-            cores=machine.cores(),
-            kv_cache_gib=kv,
-            command=words,
-            engine_args=engine_args,
-        )
-        return specs, None
-    gpus = machine.find_gpus()
-    mps = started = None
-    # Before the devices are looked at: a plan of several nodes has no place here, whatever this machine has.
-    if len(plan.cluster.nodes) == 1:
-        for remark in machine.check_gpus(plan, gpus):
-            on_event(remark)
-        if any(part.fraction < 1 for part in plan.llms):
-            mps = machine.running_mps()
-            if mps is None:
-                machine.mps_command()
-                mps = started = tempfile.mkdtemp(prefix="scepsy-mps-")
-    uuids = [gpu.uuid for gpu in gpus]
-    specs = vllm_specs(plan, ports=ports, command=words, engine_args=engine_args, gpus=uuids, mps_pipe_directory=mps)
-    return specs, started
-
-
-def _has(plan: Plan, llm: str) -> bool:
-    return any(part.llm == llm for part in plan.llms)
-
-
-def _kv_cache_gib(plan: Plan, profile: LLMProfile) -> int:
-    part = plan.part(profile.llm)
-    tokens = profile.kv_tokens(part.tensor_parallel_size, part.fraction)
-    return max(1, int(tokens * profile.at(part.tensor_parallel_size).kv_bytes_per_token // GIB))
-
-
-def _profile_files(plan: Plan, profiles: Mapping[str, LLMProfile], directory: Path) -> dict[str, str]:
-    """A file for each LLM, its limits as planned. Raises ScepsyError where a profile is missing or does not fit."""
-    files = {}
-    for index, part in enumerate(plan.llms):
-        profile = profiles.get(part.llm)
-        if profile is None:
-            raise ScepsyError(f"engine 'emulator' needs a profile of each LLM, and there is none of {part.llm!r}")
-        planned = replace(
-            profile,
-            max_num_seqs=part.max_num_seqs,
-            max_num_batched_tokens=part.max_num_batched_tokens,
-            max_model_len=part.max_model_len,
-            gpu_memory_utilization=part.gpu_memory_utilization,
-        )
-        # Says here, before anything is started, that the weights do not fit.
-        EngineModel(planned, tensor_parallel_size=part.tensor_parallel_size, fraction=part.fraction)
-        path = directory / "profiles" / f"{index}.yaml"
-        save_profile(planned, path)
-        files[part.llm] = str(path)
-    return files
 
 
 def _launch(
@@ -356,8 +281,9 @@ def _launch(
         # It is meant to outlive this process, which need not wait for it.
         process.returncode = 0
         return Deployment(order.name, order.host, port, controller)
-    threading.Thread(target=_pass_events, args=(process.stdout, on_event), daemon=True).start()
-    return Deployment(order.name, order.host, port, controller, process)
+    events = threading.Thread(target=_pass_events, args=(process.stdout, on_event), daemon=True)
+    events.start()
+    return Deployment(order.name, order.host, port, controller, process, events)
 
 
 def _until_ready(events: IO[bytes], on_event: Callable[[str], None], directory: Path) -> int:
@@ -374,15 +300,16 @@ def _until_ready(events: IO[bytes], on_event: Callable[[str], None], directory: 
 
 
 def _pass_events(events: IO[bytes], on_event: Callable[[str], None]) -> None:
-    with contextlib.suppress(ValueError, OSError):  # closed while reading
-        for line in events:
-            message = json.loads(line)
-            if "event" in message:
-                on_event(message["event"])
+    for line in events:
+        message = json.loads(line)
+        if "event" in message:
+            on_event(message["event"])
 
 
-def _close(process: subprocess.Popen[bytes]) -> None:
+def _close(process: subprocess.Popen[bytes], events: threading.Thread | None = None) -> None:
     process.wait()
+    if events is not None and events is not threading.current_thread():
+        events.join()
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
             with contextlib.suppress(BrokenPipeError):

@@ -69,15 +69,11 @@ def vllm_specs(
 
     `gpus` names the machine's devices in the plan's numbering (UUIDs or indices); where the plan's node has UUIDs,
     those count. A fraction becomes a share of the streaming multiprocessors under MPS, whose daemon listens in
-    `mps_pipe_directory`, and the same part of the planned memory. Raises ScepsyError for a plan of several nodes, and
-    for fractions without a directory.
+    `mps_pipe_directory`, and the same part of the planned memory. Raises ScepsyError for fractions without a directory;
+    the plan must have one node.
     """
-    if len(plan.cluster.nodes) > 1:
-        raise ScepsyError(
-            f"the plan has {len(plan.cluster.nodes)} nodes, but engine 'vllm' starts everything on this machine; "
-            "plan for one node, such as --cluster 8xH100"
-        )
-    uuids = plan.cluster.nodes[0].uuids or tuple(gpus)
+    (node,) = plan.cluster.nodes
+    uuids = node.uuids or tuple(gpus)
     specs = []
     for spec_id, part, slot, port in _replicas(plan, ports):
         named = [uuids[device] if uuids else str(device) for device in slot.devices]

@@ -1,0 +1,113 @@
+"""From a plan to what is started on this machine, after checking that the machine can."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from scepsy.deploy import machine, processes, quota
+from scepsy.deploy.specs import DEFAULT_COMMAND, Engine, ReplicaSpec, emulator_specs, vllm_cpu_specs, vllm_specs
+from scepsy.files import save_profile
+from scepsy_optimizer.engine import Engine as EngineModel
+from scepsy_optimizer.errors import ScepsyError
+from scepsy_optimizer.plan import Plan
+from scepsy_optimizer.profile import GIB, LLMProfile
+
+
+def prepare(
+    plan: Plan,
+    engine: Engine,
+    *,
+    profiles: Mapping[str, LLMProfile],
+    directory: Path,
+    command: Sequence[str] | None,
+    engine_args: Sequence[str],
+    seed: int,
+    on_event: Callable[[str], None],
+) -> tuple[tuple[ReplicaSpec, ...], str | None]:
+    """The replicas to start, and the folder of the MPS daemon to start before them, if one is needed.
+
+    Raises ScepsyError where this machine lacks what the plan needs.
+    """
+    ports = processes.free_ports(sum(part.replicas for part in plan.llms))
+    words = tuple(command or DEFAULT_COMMAND)
+    fractions = any(part.fraction < 1 for part in plan.llms)
+    if engine == "emulator":
+        files = _profile_files(plan, profiles, directory)
+        return emulator_specs(plan, ports=ports, profile_files=files, seed=seed), None
+    if engine == "vllm-cpu":
+        _check_command(words)
+        if fractions:
+            quota.check_quota()
+        specs = vllm_cpu_specs(
+            plan,
+            ports=ports,
+            cores=machine.cores(),
+            kv_cache_gib=_kv_cache_gib(plan, profiles),
+            command=words,
+            engine_args=engine_args,
+        )
+        return specs, None
+    if len(plan.cluster.nodes) > 1:
+        raise ScepsyError(
+            f"the plan has {len(plan.cluster.nodes)} nodes, but engine 'vllm' starts everything on this machine; "
+            f"plan for one node, such as --cluster 8x{plan.cluster.device_type}"
+        )
+    gpus = machine.find_gpus()
+    for remark in machine.check_gpus(plan, gpus):
+        on_event(remark)
+    _check_command(words)
+    mps = started = None
+    if fractions:
+        mps = machine.running_mps()
+        if mps is None:
+            machine.mps_command()
+            mps = started = tempfile.mkdtemp(prefix="scepsy-mps-")
+    uuids = [gpu.uuid for gpu in gpus]
+    specs = vllm_specs(plan, ports=ports, command=words, engine_args=engine_args, gpus=uuids, mps_pipe_directory=mps)
+    return specs, started
+
+
+def _check_command(words: tuple[str, ...]) -> None:
+    if shutil.which(words[0]) is None:
+        raise ScepsyError(
+            f"cannot find {words[0]!r} to start engines with; install it (pip install 'scepsy[vllm]') "
+            'or name it, such as --command "/path/to/python -m vllm.entrypoints.openai.api_server"'
+        )
+
+
+def _kv_cache_gib(plan: Plan, profiles: Mapping[str, LLMProfile]) -> dict[str, int]:
+    """Whole GiB of KV cache of each rank, for the LLMs that have a profile."""
+    found = {}
+    for part in plan.llms:
+        if part.llm in profiles:
+            profile = profiles[part.llm]
+            tokens = profile.kv_tokens(part.tensor_parallel_size, part.fraction)
+            size = tokens * profile.at(part.tensor_parallel_size).kv_bytes_per_token
+            found[part.llm] = max(1, int(size // GIB))
+    return found
+
+
+def _profile_files(plan: Plan, profiles: Mapping[str, LLMProfile], directory: Path) -> dict[str, str]:
+    """A file for each LLM, its limits as planned. Raises ScepsyError where a profile is missing or does not fit."""
+    files = {}
+    for index, part in enumerate(plan.llms):
+        profile = profiles.get(part.llm)
+        if profile is None:
+            raise ScepsyError(f"engine 'emulator' needs a profile of each LLM, and there is none of {part.llm!r}")
+        planned = replace(
+            profile,
+            max_num_seqs=part.max_num_seqs,
+            max_num_batched_tokens=part.max_num_batched_tokens,
+            max_model_len=part.max_model_len,
+            gpu_memory_utilization=part.gpu_memory_utilization,
+        )
+        # Says here, before anything is started, that the weights do not fit.
+        EngineModel(planned, tensor_parallel_size=part.tensor_parallel_size, fraction=part.fraction)
+        path = directory / "profiles" / f"{index}.yaml"
+        save_profile(planned, path)
+        files[part.llm] = str(path)
+    return files
