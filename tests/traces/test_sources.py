@@ -33,7 +33,7 @@ def test_a_last_line_without_its_newline_is_whole(line, tmp_path):
 def test_noise_between_lines_is_counted(line, tmp_path):
     path = tmp_path / "spans.jsonl"
     path.write_text("\n".join(["{oops", line("one"), "", '{"resourceLogs": []}', "[1, 2]"]) + "\n")
-    assert read_executions([path]).dropped == {NOT_JSON: 1, NOT_SPANS: 2}
+    assert read_executions([path]).dropped == {NOT_JSON: 1, NOT_SPANS: 3}
 
 
 def test_directories_files_and_gzip_each_once(line, tmp_path):

@@ -9,13 +9,30 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
-from scepsy.traces.records import LLM, SERVER, STEP, TRANSPORT, WORKFLOW, SpanRecord, Tally
+from scepsy.traces.records import (
+    CALL,
+    CALL_LIKE,
+    FAILED,
+    FROM_CACHE,
+    INTERRUPTED,
+    LLM,
+    OK,
+    SERVER,
+    STEP,
+    TRANSPORT,
+    WORKFLOW,
+    SpanRecord,
+    Tally,
+)
 from scepsy_optimizer.executions import Call, Execution, Span
 
 NO_ROOT: Final = "executions without their root span (still running, cut off, or sampled out)"
 UNENDED_ROOT: Final = "executions whose root span has no end"
-FAILED_ROOT: Final = "executions that failed"
+FAILED_ROOT: Final = "executions that failed or were cancelled"
+STOPPED_ROOT: Final = "executions that were interrupted or whose results nobody read to the end"
 FAILED_CALL: Final = "calls that failed or were cancelled (their time stays, as a step)"
+STOPPED_CALL: Final = "calls that were abandoned before anything was counted (their time stays, as a step)"
+CACHED_CALL: Final = "calls answered from the framework's cache (their time stays, as a step)"
 UNENDED_CALL: Final = "calls without an end (their time stays, as a step)"
 NAMELESS_CALL: Final = "calls without a model name (their time stays, as a step)"
 DUPLICATE: Final = "spans that came twice"
@@ -26,8 +43,9 @@ BACKWARDS: Final = "spans that ended before they started, taken as instants"
 UNENDED: Final = "steps without an end, ended with their parent"
 SKEWED: Final = "spans moved into their parent on another host, whose clock differs"
 UNCOUNTED: Final = "calls without token counts"
+RETRIED: Final = "calls that begin with their last attempt (the failed ones and the waiting stay, as a gap)"
 
-_CALL_LIKE = frozenset({LLM, TRANSPORT, SERVER})
+_STATUS_OF_CALL = {FAILED: FAILED_CALL, INTERRUPTED: STOPPED_CALL, FROM_CACHE: CACHED_CALL}
 
 
 class _Node:
@@ -63,9 +81,10 @@ def assemble(
     if any(root.end_ns <= 0 for root in roots):
         tally.dropped[UNENDED_ROOT] += 1
         return None
-    if any(root.record.failed and root.record.kind not in _CALL_LIKE for root in roots):
-        tally.dropped[FAILED_ROOT] += 1
-        return None
+    for root in roots:
+        if root.record.status != OK and root.record.kind not in CALL_LIKE:
+            tally.dropped[FAILED_ROOT if root.record.status == FAILED else STOPPED_ROOT] += 1
+            return None
     order = list(_preorder(roots))
     if len(order) < len(nodes):
         tally.dropped[CIRCLE] += len(nodes) - len(order)
@@ -88,7 +107,7 @@ def _link(nodes: dict[str, _Node], tally: Tally) -> list[_Node]:
     """Join children to parents and return the roots, none of them if the trace is cut off above."""
     roots, orphans = [], []
     for node in nodes.values():
-        parent = nodes.get(node.record.parent)
+        parent = _parent_of(node, nodes)
         if parent is not None and parent is not node:
             node.parent = parent
             parent.children.append(node)
@@ -108,6 +127,20 @@ def _link(nodes: dict[str, _Node], tally: Tally) -> list[_Node]:
             orphan.parent = root
             root.children.append(orphan)
     return roots
+
+
+def _parent_of(node: _Node, nodes: dict[str, _Node]) -> _Node | None:
+    """The span named as parent, or the nearest one above that can have children."""
+    parent = nodes.get(node.record.parent)
+    passed: set[str] = set()
+    while parent is not None and parent.record.kind == CALL and parent.record.id not in passed:
+        passed.add(parent.record.id)
+        above = nodes.get(parent.record.parent)
+        if above is None:
+            # The topmost call has no parent to share: both are roots.
+            node.record = node.record._replace(parent="")
+        parent = above
+    return parent
 
 
 def _preorder(roots: Sequence[_Node]) -> Iterator[_Node]:
@@ -132,7 +165,7 @@ def _mend_times(order: Sequence[_Node], tally: Tally) -> None:
         shift_ns = moved_ns.get(parent.record.id, 0) if parent is not None else 0
         if parent is not None and node.end_ns <= 0:
             node.end_ns = max(parent.end_ns - shift_ns, node.start_ns)
-            if record.kind not in _CALL_LIKE:
+            if record.kind not in CALL_LIKE:
                 tally.repaired[UNENDED] += 1
         elif node.end_ns < node.start_ns:
             tally.repaired[BACKWARDS] += 1
@@ -156,7 +189,7 @@ def _mend_times(order: Sequence[_Node], tally: Tally) -> None:
 def _find_calls(order: Sequence[_Node]) -> None:
     """Mark the calls, the wrappers that go, and the details that calls absorb."""
     for node in reversed(order):
-        found = max(node.calls_below, node.record.kind == LLM)
+        found = max(node.calls_below, node.record.kind in (LLM, CALL))
         if node.parent is not None:
             node.parent.calls_below += found
     for node in order:
@@ -164,7 +197,7 @@ def _find_calls(order: Sequence[_Node]) -> None:
         if parent is not None and parent.absorbed is not None:
             node.absorbed = parent.absorbed
             node.gone = True
-        elif kind == LLM and node.calls_below == 0:
+        elif kind in (LLM, CALL) and node.calls_below == 0:
             node.call = True
             node.absorbed = node
         elif kind in (TRANSPORT, SERVER) and node.calls_below == 0:
@@ -173,15 +206,15 @@ def _find_calls(order: Sequence[_Node]) -> None:
             else:
                 node.call = True
                 node.absorbed = node
-        elif kind in _CALL_LIKE:
+        elif kind in CALL_LIKE:
             node.gone = node.calls_below == 1 and _wraps_directly(node)
 
 
 def _wraps_directly(node: _Node) -> bool:
     """Whether nothing but LLM spans lies between this one and the only call below it."""
     while node.calls_below:
-        found = [child for child in node.children if child.calls_below or child.record.kind == LLM]
-        if found[0].record.kind not in _CALL_LIKE:
+        found = [child for child in node.children if child.calls_below or child.record.kind in (LLM, CALL)]
+        if found[0].record.kind not in CALL_LIKE:
             return False
         node = found[0]
     return True
@@ -207,7 +240,7 @@ def _execution(
         parent = _kept_parent(node)
         record = node.record
         call = _call(node, lent.get(record.id, ()), name_llm, tally) if node.call else None
-        kind = LLM if call is not None else STEP if record.kind in _CALL_LIKE else record.kind
+        kind = LLM if call is not None else STEP if record.kind in CALL_LIKE else record.kind
         spans.append(
             Span(
                 id=record.id,
@@ -247,14 +280,14 @@ def _lent(order: Sequence[_Node]) -> dict[str, list[SpanRecord]]:
     """What each call may complete itself from: its details first, then the wrappers around it, inside out."""
     lent: dict[str, list[SpanRecord]] = {}
     for node in order:
-        if node.absorbed is not None and node.absorbed is not node and node.record.kind in _CALL_LIKE:
+        if node.absorbed is not None and node.absorbed is not node and node.record.kind in CALL_LIKE:
             lent.setdefault(node.absorbed.record.id, []).append(node.record)
     for node in order:
         if not node.call:
             continue
         found = lent.setdefault(node.record.id, [])
         above = node.parent
-        while above is not None and above.record.kind in _CALL_LIKE:
+        while above is not None and above.record.kind in CALL_LIKE:
             if above.gone:
                 found.append(above.record)
                 found.extend(
@@ -273,8 +306,8 @@ def _lent(order: Sequence[_Node]) -> dict[str, list[SpanRecord]]:
 
 def _call(node: _Node, lent: Sequence[SpanRecord], name_llm: Callable[[str, str], str], tally: Tally) -> Call | None:
     record = node.record
-    if record.failed:
-        tally.dropped[FAILED_CALL] += 1
+    if record.status != OK:
+        tally.dropped[_STATUS_OF_CALL[record.status]] += 1
         return None
     if record.end_ns <= 0:
         tally.dropped[UNENDED_CALL] += 1
@@ -286,6 +319,11 @@ def _call(node: _Node, lent: Sequence[SpanRecord], name_llm: Callable[[str, str]
         return None
     if record.input_tokens is None:
         tally.repaired[UNCOUNTED] += 1
+    if node.record.flaw:
+        tally.repaired[node.record.flaw] += 1
+    if record.lost_s:
+        tally.repaired[RETRIED] += 1
+        node.start_ns = min(node.start_ns + int(record.lost_s * 1e9), node.end_ns)
     return Call(
         llm=name_llm(record.model, record.endpoint),
         role=record.role or _role(node),
@@ -309,6 +347,7 @@ def _completed(record: SpanRecord, other: SpanRecord) -> SpanRecord:
         cached_tokens=record.cached_tokens or other.cached_tokens or record.cached_tokens,
         time_to_first_token_s=_first(record.time_to_first_token_s, other.time_to_first_token_s),
         queue_s=_first(record.queue_s, other.queue_s),
+        lost_s=record.lost_s or other.lost_s,
     )
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from scepsy.traces.assemble import assemble
 from scepsy.traces.dialects import normalise
-from scepsy.traces.records import LLM, SERVER, TRANSPORT, SpanRecord, Tally
+from scepsy.traces.matching import attached, match
+from scepsy.traces.records import CALL_LIKE, LLM, SpanRecord, Tally
 from scepsy.traces.sources import find_files, read_spans
+from scepsy.traces.spool import Spool
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.executions import Execution
 
@@ -30,28 +32,15 @@ class Reading:
 
 
 def read_executions(paths: Sequence[str | Path]) -> Reading:
-    """Read trace files, and directories of them, to executions: one for each trace.
+    """Read trace files, and directories of them, to executions: one for each trace. "-" is standard input.
 
-    An LLM goes by its model's name, or by `model@host:port` where one model name is served at several endpoints.
-    Raises ScepsyError for a path that cannot be read, for a file without any trace, and if no execution is whole.
+    Formats: OTLP as JSON lines or protobuf; exports of Langfuse, Phoenix and Jaeger; tables of calls as CSV or Parquet;
+    each also under gzip or zstd. An LLM goes by its model's name, or by `model@host:port` where one model name is
+    served at several endpoints. Raises ScepsyError for a path that cannot be read, for a file without any trace, and
+    if no execution is whole.
     """
     tally = Tally()
-    traces: dict[str, list[SpanRecord]] = {}
-    names = LLMNames()
-    for path in find_files(paths):
-        for raw in read_spans(path, tally):
-            record = normalise(raw)
-            names.saw(record)
-            traces.setdefault(record.trace, []).append(record)
-    found = []
-    for trace, records in traces.items():
-        execution = assemble(trace, records, name_llm=names, tally=tally)
-        if execution is not None:
-            found.append((min(record.start_ns for record in records), execution))
-    if not found:
-        where = ", ".join(map(str, paths))
-        raise ScepsyError(f"{where}: no whole execution in {tally.files} file(s): {describe(tally)}; {_advice(tally)}")
-    found.sort(key=lambda pair: pair[0])
+    found = sorted(_executions(paths, tally), key=lambda pair: pair[0])
     return Reading(
         executions=tuple(execution for _, execution in found),
         dropped=dict(tally.dropped),
@@ -59,6 +48,56 @@ def read_executions(paths: Sequence[str | Path]) -> Reading:
         files=tally.files,
         spans=tally.spans,
     )
+
+
+def iter_executions(paths: Sequence[str | Path], tally: Tally) -> Iterator[Execution]:
+    """The executions of any number of files in bounded memory, in no particular order; `tally` is complete at the end.
+
+    Raises what `read_executions` raises.
+    """
+    for _, execution in _executions(paths, tally):
+        yield execution
+
+
+def _executions(paths: Sequence[str | Path], tally: Tally) -> Iterator[tuple[int, Execution]]:
+    """Executions with the moment of their start, in nanoseconds since the epoch."""
+    names = LLMNames()
+    with Spool() as spool:
+        detached: list[SpanRecord] = []
+        for path in find_files(paths):
+            for raw in read_spans(path, tally):
+                record = normalise(raw)
+                names.saw(record)
+                if record.detached:
+                    detached.append(record)
+                else:
+                    spool.add(record)
+        moved = _reunite(detached, spool)
+        whole = False
+        for trace, records in spool.traces():
+            if trace in moved:
+                continue
+            execution = assemble(trace, records, name_llm=names, tally=tally)
+            if execution is not None:
+                whole = True
+                yield min(record.start_ns for record in records), execution
+    if not whole:
+        where = ", ".join(map(str, paths))
+        raise ScepsyError(f"{where}: no whole execution in {tally.files} file(s): {_describe(tally)}; {_advice(tally)}")
+
+
+def _reunite(detached: Sequence[SpanRecord], spool: Spool) -> set[str]:
+    """Put detached requests below their calls, or back where they came from; returns the traces that are now empty."""
+    if not detached:
+        return set()
+    calls = match(detached, (record for record in spool.records() if record.kind == LLM))
+    moved = set()
+    for record in detached:
+        call = calls.get((record.trace, record.id))
+        spool.add(record if call is None else attached(record, call))
+        if call is not None:
+            moved.add(record.trace)
+    return moved
 
 
 class LLMNames:
@@ -69,7 +108,7 @@ class LLMNames:
 
     def saw(self, record: SpanRecord) -> None:
         """Learn from a span."""
-        if record.model and record.endpoint and record.kind in (LLM, TRANSPORT, SERVER):
+        if record.endpoint and record.model and record.kind in CALL_LIKE:
             self._endpoints.setdefault(record.model, set()).add(record.endpoint)
 
     def __call__(self, model: str, endpoint: str) -> str:
@@ -77,7 +116,7 @@ class LLMNames:
         return f"{model}@{endpoint}" if endpoint and len(self._endpoints.get(model, ())) > 1 else model
 
 
-def describe(tally: Tally) -> str:
+def _describe(tally: Tally) -> str:
     """What was found and left out, in words."""
     reasons = ", ".join(f"{count} {reason}" for reason, count in tally.dropped.most_common())
     return f"{tally.spans} spans; left out: {reasons}" if reasons else f"{tally.spans} spans"

@@ -22,6 +22,16 @@ TRANSPORT: Final = "transport"
 """The request that carries a call: timing and tokens for the LLM span above it."""
 SERVER: Final = "server"
 """The engine's own span of a call: queue time and tokens for the client span above it, on another clock."""
+CALL: Final = "call"
+"""An LLM span that is a call of its own, whatever lies above and below it."""
+CALL_LIKE: Final = frozenset({LLM, TRANSPORT, SERVER, CALL})
+
+OK: Final = ""
+FAILED: Final = "failed"
+INTERRUPTED: Final = "interrupted"
+"""It stopped to wait for a person, or its reader went away."""
+FROM_CACHE: Final = "from cache"
+"""The framework answered from its own cache: no request was sent."""
 
 
 class Event(NamedTuple):
@@ -44,19 +54,22 @@ class RawSpan(NamedTuple):
     name: str
     start_ns: int
     end_ns: int
-    failed: bool
-    remote_parent: bool
     scope: str
     attributes: Mapping[str, Any]
     resource: Mapping[str, Any]
-    events: Sequence[Event]
+    failed: bool = False
+    remote_parent: bool = False
+    events: Sequence[Event] = ()
 
 
 class SpanRecord(NamedTuple):
     """A span in Scepsy's words, whatever dialect it came in.
 
-    `kind` is one of the constants above. `label` is what calls below take as their role, empty for a span that only
-    wraps others; `role` is the role that a call itself names. Counts and times that the span does not tell are None.
+    `kind` and `status` are constants from above. `label` is what calls below take as their role, empty for a span that
+    only wraps others; `role` is the role that a call itself names. `lost_s` is the time before the request that was
+    answered: failed attempts and the waiting between them. `detached` says that a root may be the request of a call in
+    another trace, because its instrumentation loses the way there. `flaw` says what is wrong with the recorded times.
+    Counts and times that the span does not tell are None.
     """
 
     trace: str
@@ -66,20 +79,22 @@ class SpanRecord(NamedTuple):
     kind: str
     start_ns: int
     end_ns: int
-    failed: bool
+    status: str
     remote_parent: bool
     label: str
     workflow: str
-    role: str
-    session: str
-    model: str
-    endpoint: str
-    response_id: str
-    input_tokens: int | None
-    output_tokens: int | None
-    cached_tokens: int | None
-    time_to_first_token_s: float | None
-    queue_s: float | None
+    role: str = ""
+    model: str = ""
+    endpoint: str = ""
+    response_id: str = ""
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cached_tokens: int | None = None
+    time_to_first_token_s: float | None = None
+    queue_s: float | None = None
+    lost_s: float | None = None
+    detached: bool = False
+    flaw: str = ""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -1,37 +1,61 @@
-"""Trace files: which ones, and the spans in each."""
+"""Trace files: which ones, and the spans in each, whatever its format. The content tells the format, not the name."""
 
 from __future__ import annotations
 
+import csv
 import gzip
-import json
-from collections.abc import Iterator, Sequence
-from io import BufferedIOBase
+import io
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scepsy.traces import otlp_json
+import orjson
+
+from scepsy.traces.formats import (
+    call_table,
+    jaeger_export,
+    langfuse_export,
+    otlp_json,
+    otlp_proto,
+    phoenix_export,
+)
 from scepsy.traces.records import RawSpan, Tally
 from scepsy_optimizer.errors import ScepsyError
 
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+STDIN = "-"
+SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".parquet", ".pb", ".binpb", ".otlp")
+COMPRESSED = ("", ".gz", ".zst")
 
 TORN = "lines cut off at the end of a file"
 NOT_JSON = "lines that are not JSON"
-NOT_SPANS = "lines without spans"
+NOT_SPANS = "JSON values without spans"
+TORN_MESSAGE = "messages cut off at the end of a file"
+
+_GZIP = b"\x1f\x8b"
+_ZSTD = b"\x28\xb5\x2f\xfd"
+_PARQUET = b"PAR1"
+_DELIMITERS = (b",", b";", b"\t")
+_HEADER = 4096
+_LONGEST_MESSAGE = 1 << 30
+# So that zipping a file into memory by mistake is an error, not a dead machine.
+_LONGEST_DECOMPRESSED = 1 << 31
 
 
 def find_files(paths: Sequence[str | Path]) -> list[Path]:
-    """The files among `paths` and the trace files in the directories among them, each once.
+    """The files among `paths` and the trace files in the directories among them, each once; "-" is standard input.
 
     Raises ScepsyError for a path that does not exist and for a directory without any trace file.
     """
+    endings = tuple(suffix + more for suffix in SUFFIXES for more in COMPRESSED)
     files: dict[Path, Path] = {}
     for path in map(Path, paths):
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
+            found = sorted(file for file in path.rglob("*") if file.name.endswith(endings) and file.is_file())
             if not found:
-                raise ScepsyError(f"{path}: no trace files in this directory; expected {', '.join(SUFFIXES)}")
-        elif path.exists():
+                raise ScepsyError(f"{path}: no trace files in this directory; expected *{', *'.join(SUFFIXES)}")
+        elif path.exists() or str(path) == STDIN:
             found = [path]
         else:
             raise ScepsyError(f"{path}: no such file or directory; expected traces")
@@ -43,40 +67,171 @@ def find_files(paths: Sequence[str | Path]) -> list[Path]:
 def read_spans(path: Path, tally: Tally) -> Iterator[RawSpan]:
     """The spans of one file; `tally` counts what cannot be used.
 
-    Raises ScepsyError for a file that cannot be opened, and for one in which not a single line is a trace.
+    Raises ScepsyError for a file that cannot be opened, and for one in which there is no trace at all.
     """
     tally.files += 1
     try:
-        with _open(path) as stream:
-            yield from _lines(path, stream, tally)
+        if str(path) == STDIN:
+            with os.fdopen(sys.stdin.fileno(), "rb", closefd=False) as stream:
+                yield from _spans(path, stream, tally)
+        else:
+            with path.open("rb") as stream:
+                yield from _spans(path, stream, tally)
     except (OSError, EOFError) as error:
         raise ScepsyError(f"{path}: cannot be read: {error}") from error
 
 
-def _open(path: Path) -> BufferedIOBase:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+def _spans(path: Path, stream: io.BufferedReader, tally: Tally) -> Iterator[RawSpan]:
+    start = stream.peek(4)[:4]
+    if start[:2] == _GZIP:
+        with gzip.open(stream, "rb") as inner:
+            yield from _content(path, io.BufferedReader(inner), tally)
+    elif start == _ZSTD:
+        with _zstandard().ZstdDecompressor().stream_reader(stream, read_across_frames=True) as inner:
+            yield from _content(path, io.BufferedReader(inner), tally)
+    else:
+        yield from _content(path, stream, tally)
 
 
-def _lines(path: Path, stream: BufferedIOBase, tally: Tally) -> Iterator[RawSpan]:
-    valid = lines = 0
+def _content(path: Path, stream: io.BufferedReader, tally: Tally) -> Iterator[RawSpan]:
+    start = stream.peek(5)[:5]
+    if start[:4] == _PARQUET:
+        yield from _parquet(path, stream, tally)
+    elif start[:1] == b"\x00":
+        yield from _messages(path, stream, tally)
+    elif start[:1] == b"\n" and start[1:2] not in (b"", b"\n", b"\r", b" ", b"\t", b"{", b"["):
+        # A tag of protobuf: field 1, with the length of the first resource's spans.
+        yield from otlp_proto.spans(stream.read(), tally)
+    elif start.lstrip()[:1] not in (b"{", b"[", b"") and any(
+        sign in stream.peek(_HEADER).split(b"\n")[0] for sign in _DELIMITERS
+    ):
+        yield from _csv(path, stream, tally)
+    else:
+        yield from _json(path, stream, tally)
+
+
+def _json(path: Path, stream: io.BufferedReader, tally: Tally) -> Iterator[RawSpan]:
+    """Values line by line, or one value over many lines."""
+    found = lines = 0
     for line in stream:
-        if not line.strip():
+        if line.isspace():
             continue
         lines += 1
-        request: Any = None
         try:
-            request = json.loads(line)
-        except (ValueError, RecursionError):
-            tally.dropped[NOT_JSON if line.endswith(b"\n") else TORN] += 1
-            continue
-        if otlp_json.is_request(request):
-            valid += 1
-            yield from otlp_json.spans(request, tally)
-        else:
-            tally.dropped[NOT_SPANS] += 1
-    if not valid:
-        found = f"{lines} lines, none of them a complete OTLP/JSON trace request" if lines else "nothing: it is empty"
+            value = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            if lines == 1 and (whole := _whole(line, stream)) is not None:
+                value = whole
+            elif line.endswith(b"\n"):
+                tally.dropped[NOT_JSON] += 1
+                continue
+            else:
+                tally.dropped[TORN] += 1
+                continue
+        for item in _items(value):
+            reader = next((reader for reader in _READERS if reader.recognises(item)), None)
+            if reader is None:
+                tally.dropped[NOT_SPANS] += 1
+            else:
+                found += 1
+                yield from reader.spans(item, tally)
+    if not found:
+        was = "nothing: it is empty" if not lines else f"{lines} lines, none of them a complete one"
         raise ScepsyError(
-            f"{path}: expected OTLP/JSON lines as scepsy.instrument() and the OpenTelemetry Collector write them, "
-            f"found {found}; trace the workflow again or name another file"
+            f"{path}: expected traces (OTLP, or an export of Langfuse, Phoenix or Jaeger), found {was}; "
+            "trace the workflow again with scepsy.instrument() or name another file"
         )
+
+
+_READERS = (otlp_json, jaeger_export, langfuse_export, phoenix_export)
+
+
+def _whole(first: bytes, stream: io.BufferedReader) -> Any:
+    """The file as one JSON value, if its first line opens one that goes on over others; else None, nothing consumed."""
+    if first.strip() not in (b"{", b"[") and not first.rstrip().endswith((b",", b"{", b"[")):
+        return None
+    try:
+        return orjson.loads(first + stream.read())
+    except orjson.JSONDecodeError:
+        return None
+
+
+def _items(value: Any) -> Iterator[Any]:
+    """The values that are traces or spans: the value itself, or those of a list, bare or under "data"."""
+    if isinstance(value, dict) and isinstance(value.get("data"), list):
+        value = value["data"]
+    if isinstance(value, list):
+        for item in value:
+            if isinstance(item, list):
+                yield from item
+            else:
+                yield item
+    else:
+        yield value
+
+
+def _messages(path: Path, stream: io.BufferedReader, tally: Tally) -> Iterator[RawSpan]:
+    """Messages with their length before them, each JSON or protobuf, each possibly compressed by itself."""
+    while prefix := stream.read(4):
+        size = int.from_bytes(prefix)
+        message = stream.read(size) if size <= _LONGEST_MESSAGE else b""
+        if len(prefix) < 4 or len(message) < size:
+            tally.dropped[TORN_MESSAGE] += 1
+            return
+        if message[:4] == _ZSTD:
+            zstandard = _zstandard()
+            try:
+                message = zstandard.ZstdDecompressor().decompress(message, max_output_size=_LONGEST_DECOMPRESSED)
+            except zstandard.ZstdError:
+                tally.dropped[otlp_proto.NOT_REQUESTS] += 1
+                continue
+        if message[:1] == b"{":
+            yield from _json(path, io.BufferedReader(io.BytesIO(message)), tally)
+        else:
+            yield from otlp_proto.spans(message, tally)
+
+
+def _csv(path: Path, stream: io.BufferedReader, tally: Tally) -> Iterator[RawSpan]:
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
+    header = text.readline()
+    delimiter = max(",;\t", key=header.count)
+    columns = next(csv.reader([header], delimiter=delimiter), [])
+    try:
+        rows = csv.DictReader(text, fieldnames=columns, delimiter=delimiter)
+        yield from _rows(path, rows, columns, tally)
+    except csv.Error as error:
+        raise ScepsyError(f"{path}: not a readable CSV table: {error}") from error
+    finally:
+        text.detach()
+
+
+def _parquet(path: Path, stream: io.BufferedReader, tally: Tally) -> Iterator[RawSpan]:
+    try:
+        from pyarrow import ArrowException, parquet  # type: ignore[import-untyped] # ships no types
+    except ImportError as error:
+        raise ScepsyError(
+            f"{path}: reading Parquet needs pyarrow; install it with: pip install 'scepsy[traces]'"
+        ) from error
+    try:
+        table = parquet.ParquetFile(stream if stream.seekable() else io.BytesIO(stream.read()))
+        rows = (row for batch in table.iter_batches(batch_size=4096) for row in batch.to_pylist())
+        yield from _rows(path, rows, table.schema_arrow.names, tally)
+    except ArrowException as error:
+        raise ScepsyError(f"{path}: not a readable Parquet file: {error}") from error
+
+
+def _rows(path: Path, rows: Iterator[Mapping[str, Any]], columns: Sequence[str], tally: Tally) -> Iterator[RawSpan]:
+    if phoenix_export.recognises(dict.fromkeys(columns)):
+        for row in rows:
+            yield from phoenix_export.spans(row, tally)
+    else:
+        workflow = path.name.split(".")[0]
+        yield from call_table.spans(rows, columns, workflow=workflow, place=str(path), tally=tally)
+
+
+def _zstandard() -> Any:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise ScepsyError("reading zstd needs a decoder; install it with: pip install 'scepsy[traces]'") from error
+    return zstandard

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from typing import Final
 
-from scepsy.traces.dialects import opentelemetry
+from scepsy.traces.dialects import engine, langfuse, openinference, opentelemetry, traceloop
 from scepsy.traces.dialects.table import Dialect, translate
 from scepsy.traces.records import RawSpan, SpanRecord
 
-DIALECTS: Final[tuple[Dialect, ...]] = (opentelemetry.DIALECT,)
+DIALECTS: Final[tuple[Dialect, ...]] = (
+    openinference.DIALECT,
+    langfuse.DIALECT,
+    traceloop.DIALECT,
+    engine.DIALECT,
+    opentelemetry.DIALECT,
+)
 """In the order in which they are asked. The last one takes every span."""
 
 

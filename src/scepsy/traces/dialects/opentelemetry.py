@@ -5,8 +5,22 @@ from __future__ import annotations
 from typing import Final
 
 from scepsy import semconv
-from scepsy.traces.dialects.table import Dialect, Keys
-from scepsy.traces.records import AGENT, LLM, STEP, TOOL, TRANSPORT, WORKFLOW, RawSpan
+from scepsy.traces.dialects.table import Dialect, Keys, number
+from scepsy.traces.records import (
+    AGENT,
+    CALL,
+    FAILED,
+    FROM_CACHE,
+    INTERRUPTED,
+    LLM,
+    OK,
+    STEP,
+    TOOL,
+    TRANSPORT,
+    WORKFLOW,
+    RawSpan,
+    SpanRecord,
+)
 
 _KINDS: Final = {
     semconv.INVOKE_WORKFLOW: WORKFLOW,
@@ -21,7 +35,14 @@ _OWN_KINDS: Final = {
     semconv.KIND_TOOL: TOOL,
     semconv.KIND_STEP: STEP,
     semconv.KIND_LLM: LLM,
+    CALL: CALL,
 }
+_OUTCOMES: Final = {"cancelled": FAILED, "interrupted": INTERRUPTED, "abandoned": INTERRUPTED}
+
+
+def _every(raw: RawSpan) -> bool:
+    """Every span: one that names nothing is a step."""
+    return bool(raw.id)
 
 
 def _kind(raw: RawSpan) -> str:
@@ -35,29 +56,42 @@ def _kind(raw: RawSpan) -> str:
     return _KINDS.get(operation, STEP) if isinstance(operation, str) else STEP
 
 
-def _any(raw: RawSpan) -> bool:
-    """Every span: one that names nothing is a step."""
-    return bool(raw.id)
+def _refine(raw: RawSpan, record: SpanRecord) -> SpanRecord:
+    attributes = raw.attributes
+    status = record.status
+    outcome = attributes.get(semconv.OUTCOME)
+    if isinstance(outcome, str):
+        status = _OUTCOMES.get(outcome, status)
+    if record.kind != LLM:
+        return record if status == record.status else record._replace(status=status)
+    if attributes.get(semconv.CACHE_HIT) is True:
+        status = FROM_CACHE
+    elif outcome == "abandoned" and record.output_tokens is not None:
+        # Nobody read the stream to its end, but up to there it was a call like any other.
+        status = OK
+    wasted_s, waited_s = number(attributes.get(semconv.WASTED_S)), number(attributes.get(semconv.RETRY_WAIT_S))
+    lost_s = (wasted_s or 0.0) + (waited_s or 0.0)
+    return record._replace(status=status, lost_s=lost_s) if lost_s or status != record.status else record
 
 
 DIALECT: Final = Dialect(
     name="OpenTelemetry",
-    recognises=_any,
+    recognises=_every,
     kind=_kind,
     keys=Keys(
         label=(semconv.AGENT_NAME, semconv.TOOL_NAME, semconv.WORKFLOW_NAME),
         workflow=(semconv.WORKFLOW_NAME,),
         role=(semconv.ROLE,),
-        session=("gen_ai.conversation.id",),
         model=(semconv.REQUEST_MODEL, semconv.RESPONSE_MODEL),
         address=(semconv.SERVER_ADDRESS,),
         port=(semconv.SERVER_PORT,),
         response_id=(semconv.RESPONSE_ID,),
         input_tokens=(semconv.INPUT_TOKENS, "gen_ai.usage.prompt_tokens"),
-        output_tokens=(semconv.OUTPUT_TOKENS, "gen_ai.usage.completion_tokens"),
+        output_tokens=(semconv.OUTPUT_TOKENS, "gen_ai.usage.completion_tokens", semconv.OUTPUT_CHUNKS),
         cached_tokens=(semconv.CACHED_TOKENS,),
         time_to_first_token_s=(semconv.TIME_TO_FIRST_CHUNK_S,),
         queue_s=(semconv.QUEUE_S,),
         error=(semconv.ERROR_TYPE,),
     ),
+    refine=_refine,
 )

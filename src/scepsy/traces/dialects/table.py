@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scepsy.traces.records import LLM, SERVER, TRANSPORT, RawSpan, SpanRecord
+from scepsy.traces.records import CALL_LIKE, FAILED, OK, RawSpan, SpanRecord
 
 _LONGEST_NAME = 200
 
@@ -19,7 +19,6 @@ class Keys:
     label: Sequence[str] = ()
     workflow: Sequence[str] = ()
     role: Sequence[str] = ()
-    session: Sequence[str] = ()
     model: Sequence[str] = ()
     address: Sequence[str] = ()
     port: Sequence[str] = ()
@@ -52,32 +51,46 @@ def translate(raw: RawSpan, dialect: Dialect) -> SpanRecord:
     keys = dialect.keys
     attributes = raw.attributes
     kind = dialect.kind(raw)
-    call = kind in (LLM, TRANSPORT, SERVER)
-    address = text(attributes, keys.address) if call else ""
-    port = count(attributes, keys.port) if address else None
-    record = SpanRecord(
-        raw.trace,
-        raw.id,
-        raw.parent,
-        raw.name,
-        kind,
-        raw.start_ns,
-        raw.end_ns,
-        raw.failed or bool(text(attributes, keys.error)),
-        raw.remote_parent,
-        "" if call else text(attributes, keys.label) or raw.name[:_LONGEST_NAME],
-        text(attributes, keys.workflow),
-        text(attributes, keys.role) if call else "",
-        text(attributes, keys.session),
-        text(attributes, keys.model) if call else "",
-        address if port is None else f"{address}:{port}",
-        text(attributes, keys.response_id) if call else "",
-        count(attributes, keys.input_tokens) if call else None,
-        count(attributes, keys.output_tokens) if call else None,
-        count(attributes, keys.cached_tokens) if call else None,
-        seconds(attributes, keys.time_to_first_token_s) if call else None,
-        seconds(attributes, keys.queue_s) if call else None,
-    )
+    failed = raw.failed or bool(keys.error and text(attributes, keys.error))
+    if kind in CALL_LIKE:
+        address = text(attributes, keys.address)
+        port = count(attributes, keys.port) if address else None
+        record = SpanRecord(
+            raw.trace,
+            raw.id,
+            raw.parent,
+            raw.name,
+            kind,
+            raw.start_ns,
+            raw.end_ns,
+            FAILED if failed else OK,
+            raw.remote_parent,
+            "",
+            text(attributes, keys.workflow),
+            text(attributes, keys.role),
+            text(attributes, keys.model),
+            address if port is None else f"{address}:{port}",
+            text(attributes, keys.response_id),
+            count(attributes, keys.input_tokens),
+            count(attributes, keys.output_tokens),
+            count(attributes, keys.cached_tokens),
+            seconds(attributes, keys.time_to_first_token_s),
+            seconds(attributes, keys.queue_s),
+        )
+    else:
+        record = SpanRecord(
+            raw.trace,
+            raw.id,
+            raw.parent,
+            raw.name,
+            kind,
+            raw.start_ns,
+            raw.end_ns,
+            FAILED if failed else OK,
+            raw.remote_parent,
+            text(attributes, keys.label) or raw.name[:_LONGEST_NAME],
+            text(attributes, keys.workflow),
+        )
     return record if dialect.refine is None else dialect.refine(raw, record)
 
 
@@ -93,18 +106,22 @@ def text(attributes: Mapping[str, Any], keys: Sequence[str]) -> str:
 def count(attributes: Mapping[str, Any], keys: Sequence[str]) -> int | None:
     """The first of `keys` that holds a whole number of at least 0 (-1 is a known placeholder), else None."""
     for key in keys:
-        value = number(attributes.get(key))
+        value = attributes.get(key)
         if value is not None:
-            return int(value)
+            found = number(value)
+            if found is not None:
+                return int(found)
     return None
 
 
 def seconds(attributes: Mapping[str, Any], keys: Sequence[str]) -> float | None:
     """The first of `keys` that holds a time of at least 0, else None."""
     for key in keys:
-        value = number(attributes.get(key))
+        value = attributes.get(key)
         if value is not None:
-            return float(value)
+            found = number(value)
+            if found is not None:
+                return float(found)
     return None
 
 
@@ -112,9 +129,9 @@ def number(value: object) -> int | float | None:
     """A finite number of at least 0, also when it was written as text; else None."""
     if isinstance(value, str):
         try:
-            value = float(value) if not value.isdecimal() else int(value)
+            value = float(value)
         except ValueError:
             return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return value if value >= 0 and math.isfinite(value) else None
+    return value if 0 <= value < math.inf else None

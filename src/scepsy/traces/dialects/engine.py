@@ -1,0 +1,42 @@
+"""The spans that serving engines make of their own requests: vLLM, SGLang and TensorRT-LLM share these names."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from scepsy.traces.dialects.table import Dialect, Keys, text
+from scepsy.traces.records import SERVER, RawSpan, SpanRecord
+
+_MARKS = ("gen_ai.latency.e2e", "gen_ai.latency.time_in_queue", "gen_ai.latency.time_to_first_token")
+
+
+def _recognises(raw: RawSpan) -> bool:
+    attributes = raw.attributes
+    return any(mark in attributes for mark in _MARKS)
+
+
+def _kind(_raw: RawSpan) -> str:
+    return SERVER
+
+
+def _refine(raw: RawSpan, record: SpanRecord) -> SpanRecord:
+    # vLLM's V1 engine names no model: what the service was called is the next best.
+    model = record.model or text(raw.resource, ("service.name",))
+    return record._replace(model=model, detached=not raw.parent)
+
+
+DIALECT: Final = Dialect(
+    name="engine",
+    recognises=_recognises,
+    kind=_kind,
+    keys=Keys(
+        model=("gen_ai.request.model", "gen_ai.response.model"),
+        response_id=("gen_ai.request.id",),
+        input_tokens=("gen_ai.usage.prompt_tokens", "gen_ai.usage.input_tokens"),
+        output_tokens=("gen_ai.usage.completion_tokens", "gen_ai.usage.output_tokens"),
+        cached_tokens=("gen_ai.usage.cached_tokens", "gen_ai.usage.cache_read.input_tokens"),
+        time_to_first_token_s=("gen_ai.latency.time_to_first_token",),
+        queue_s=("gen_ai.latency.time_in_queue",),
+    ),
+    refine=_refine,
+)

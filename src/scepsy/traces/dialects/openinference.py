@@ -1,0 +1,81 @@
+"""OpenInference: Arize's conventions, as Phoenix and its instrumentations write them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+from scepsy.traces.dialects.table import Dialect, Keys, text
+from scepsy.traces.records import AGENT, LLM, STEP, TOOL, WORKFLOW, RawSpan, SpanRecord
+
+EARLY_END: Final = "streamed calls that were recorded as ending before their first token, so that they seem short"
+
+_FIRST_CHUNK = "First Token Stream Event"
+_KINDS: Final = {"LLM": LLM, "TOOL": TOOL, "RETRIEVER": TOOL, "AGENT": AGENT}
+# Frameworks' own classes, that say nothing of what the calls below are for.
+_GENERIC = re.compile(
+    r"(Runnable\w*|ChatPromptTemplate|PromptTemplate|\w*OutputParser|LangGraph|_write|\w*Channel\w*|branch:.*"
+    r"|\w*(LLM|OpenAI|OpenAILike)\.\w+)(<.*>)?"
+)
+
+
+def _recognises(raw: RawSpan) -> bool:
+    return "openinference.span.kind" in raw.attributes
+
+
+def _kind(raw: RawSpan) -> str:
+    attributes = raw.attributes
+    kind = attributes["openinference.span.kind"]
+    kind = kind.upper() if isinstance(kind, str) else ""
+    if kind == "EMBEDDING":
+        return LLM if attributes.get("embedding.model_name") else STEP
+    if kind == "RERANKER":
+        return LLM if attributes.get("reranker.model_name") else STEP
+    if kind == "CHAIN":
+        return STEP if raw.parent else WORKFLOW
+    return _KINDS.get(kind, STEP)
+
+
+def _refine(raw: RawSpan, record: SpanRecord) -> SpanRecord:
+    if record.kind != LLM:
+        return record._replace(label="") if _GENERIC.fullmatch(record.label) else record
+    changed: dict[str, Any] = {"detached": not raw.parent}
+    if not record.model:
+        # Spans of failed calls have the request's parameters only.
+        changed["model"] = _requested_model(raw.attributes)
+    first_ns = next((event.time_ns for event in raw.events if event.name == _FIRST_CHUNK), 0)
+    if first_ns > raw.start_ns:
+        changed["time_to_first_token_s"] = (first_ns - raw.start_ns) / 1e9
+        if first_ns > raw.end_ns > 0:
+            # The end is when the generator was returned, not when it was read.
+            changed |= {"end_ns": first_ns, "flaw": EARLY_END}
+    return record._replace(**changed)
+
+
+def _requested_model(attributes: Mapping[str, Any]) -> str:
+    written = attributes.get("llm.invocation_parameters")
+    try:
+        given = json.loads(written) if isinstance(written, str) else {}
+    except (ValueError, RecursionError):
+        return ""
+    return text(given, ("model", "model_name")) if isinstance(given, dict) else ""
+
+
+DIALECT: Final = Dialect(
+    name="OpenInference",
+    recognises=_recognises,
+    kind=_kind,
+    keys=Keys(
+        label=("agent.name", "tool.name", "graph.node.name", "graph.node.id"),
+        model=("llm.request.model_name", "llm.model_name", "embedding.model_name", "reranker.model_name"),
+        address=("server.address",),
+        port=("server.port",),
+        response_id=("gen_ai.response.id",),
+        input_tokens=("llm.token_count.prompt",),
+        output_tokens=("llm.token_count.completion",),
+        cached_tokens=("llm.token_count.prompt_details.cache_read",),
+    ),
+    refine=_refine,
+)

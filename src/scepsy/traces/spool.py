@@ -1,0 +1,80 @@
+"""Where records wait until every span of their trace was seen: in memory, or in a file where there are too many.
+
+The spans of an execution may lie anywhere in any of the files, so none can be assembled before the last line was read.
+Records are set aside in parts by their trace, and read back part by part, so that only one part is in memory at once.
+"""
+
+from __future__ import annotations
+
+import marshal
+import tempfile
+from collections.abc import Iterator
+from types import TracebackType
+from typing import IO
+
+from scepsy.traces.records import SpanRecord
+
+_PARTS = 256
+
+
+class Spool:
+    """Records by trace, of which at most `limit` are held in memory at a time while they are added.
+
+    To be used as a context manager, so that its file goes away.
+    """
+
+    def __init__(self, *, limit: int = 100_000) -> None:
+        self._limit = limit
+        self._held = 0
+        self._parts: list[list[tuple[object, ...]]] = [[] for _ in range(_PARTS)]
+        self._chunks: list[list[tuple[int, int]]] = [[] for _ in range(_PARTS)]
+        self._file: IO[bytes] | None = None
+
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def add(self, record: SpanRecord) -> None:
+        """Set a record aside."""
+        self._parts[hash(record.trace) % _PARTS].append(record)
+        self._held += 1
+        if self._held >= self._limit:
+            self._write_out()
+
+    def traces(self) -> Iterator[tuple[str, list[SpanRecord]]]:
+        """Every trace with its records, in the order in which they were added."""
+        for part in range(_PARTS):
+            traces: dict[str, list[SpanRecord]] = {}
+            for record in self._records(part):
+                traces.setdefault(record.trace, []).append(record)
+            yield from traces.items()
+
+    def records(self) -> Iterator[SpanRecord]:
+        """Every record, in no particular order."""
+        for part in range(_PARTS):
+            yield from self._records(part)
+
+    def _records(self, part: int) -> Iterator[SpanRecord]:
+        make = SpanRecord._make
+        for offset, size in self._chunks[part]:
+            assert self._file is not None  # noqa: S101 - a chunk was written to it
+            self._file.seek(offset)
+            yield from map(make, marshal.loads(self._file.read(size)))  # noqa: S302 - our own file, never anybody else's
+        yield from map(make, self._parts[part])
+
+    def _write_out(self) -> None:
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(prefix="scepsy-spans-")  # noqa: SIM115 - closed with the spool
+        offset = self._file.seek(0, 2)
+        for part, records in enumerate(self._parts):
+            if records:
+                written = self._file.write(marshal.dumps([tuple(record) for record in records]))
+                self._chunks[part].append((offset, written))
+                offset += written
+                records.clear()
+        self._held = 0
