@@ -22,7 +22,7 @@ EXAMPLES = ("beam_search", "retrieval", "research")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("--cluster", default="8xH100", help="emulated cluster (default: 8xH100)")
+    parser.add_argument("--cluster", default="4xH100", help="emulated cluster (default: 4xH100)")
     parser.add_argument("--rate", type=float, default=2.0, help="executions per second (default: 2)")
     parser.add_argument("--seconds", type=float, default=45.0, help="how long each round sends load (default: 45)")
     parser.add_argument("--seed", type=int, default=1, help="of questions and arrivals (default: 1)")
@@ -71,8 +71,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         )
     table = Table(title="mean latency in seconds", title_justify="left")
     table.add_column("workflow")
-    for column in ("even: predicted", "measured", "plan: predicted", "measured", "speed-up"):
-        table.add_column(column, justify="right")
+    for column in ("even split\npredicted", "\nmeasured", "plan\npredicted", "\nmeasured", "\nspeed-up"):
+        table.add_column(column, justify="right", no_wrap=True)
     rows = [*story.after.measured_s]
     for workflow in rows:
         before, after = story.before.measured_s.get(workflow, float("nan")), story.after.measured_s[workflow]
@@ -106,9 +106,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     failed = story.before.failed + story.after.failed
     if failed:
         console.print(f"{failed} executions failed; see {directory}/*.log")
-    console.print(
-        f"\nNext: scepsy optimize {story.before.traces} --cluster 16xH100 --rate 8 -o plan.yaml", soft_wrap=True
-    )
+    console.print(f"\nNext: scepsy optimize {story.before.traces} --cluster 8xH100 --rate 4", soft_wrap=True)
     if args.json is not None:
         figures = {
             "executions": story.after.workload.executions,

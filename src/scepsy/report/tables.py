@@ -9,7 +9,11 @@ from scepsy_optimizer.workload import Workload
 
 
 def workload_table(workload: Workload) -> Table:
-    """One row per LLM: what a mean execution asks of it, its share and the share's interval."""
+    """One row per LLM: what a mean execution asks of it, its share and the share's interval.
+
+    Columns: calls per execution, those on the critical path, calls at once, tokens per call in and out, seconds of
+    service per execution, share of all LLMs' seconds.
+    """
     counts = ", ".join(f"{count} {workflow}" for workflow, count in workload.workflows.items())
     table = Table(
         title=f"{workload.executions} executions ({counts})",
@@ -20,10 +24,9 @@ def workload_table(workload: Workload) -> Table:
         title_justify="left",
         caption_justify="left",
     )
-    table.add_column("LLM")
-    for column in ("calls", "on critical path", "in parallel", "tokens in", "tokens out", "time (s)"):
-        table.add_column(column, justify="right")
-    table.add_column("share (95 % interval)", justify="right")
+    table.add_column("LLM", no_wrap=True)
+    for column in ("calls", "critical", "parallel", "in", "out", "seconds", "share", "95 % interval"):
+        table.add_column(column, justify="right", no_wrap=True)
     for demand in workload.demands:
         table.add_row(
             demand.llm,
@@ -33,7 +36,8 @@ def workload_table(workload: Workload) -> Table:
             f"{demand.input_tokens:.0f}",
             f"{demand.output_tokens:.0f}",
             f"{demand.service_s:.2f}",
-            f"{demand.share:.1%} ({demand.share_low:.1%} to {demand.share_high:.1%})",
+            f"{demand.share:.1%}",
+            f"{demand.share_low:.1%} to {demand.share_high:.1%}",
         )
     return table
 
@@ -46,16 +50,14 @@ def plan_table(plan: Plan) -> Table:
         title_justify="left",
         caption_justify="left",
     )
-    table.add_column("LLM")
-    table.add_column("model")
-    table.add_column("each replica")
+    table.add_column("LLM", no_wrap=True)
+    table.add_column("each replica", no_wrap=True)
     for column in ("replicas", "devices", "calls/s", "load", "s/call"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     table.add_column("where")
     for part in plan.llms:
         table.add_row(
             part.llm,
-            part.model,
             replica_words(part),
             str(part.replicas),
             f"{part.device_count:g}",
@@ -68,12 +70,10 @@ def plan_table(plan: Plan) -> Table:
 
 
 def replica_words(part: LLMPlan) -> str:
-    """What one replica of an LLM gets, such as "2 devices (TP 2)" or "1/5 device"."""
+    """What one replica of an LLM gets, such as "2 devices" or "0.2 device"."""
     if part.fraction < 1:
-        return f"{part.fraction:g} of a device"
-    if part.tensor_parallel_size == 1:
-        return "1 device"
-    return f"{part.tensor_parallel_size} devices (TP {part.tensor_parallel_size})"
+        return f"{part.fraction:g} device"
+    return "1 device" if part.tensor_parallel_size == 1 else f"{part.tensor_parallel_size} devices"
 
 
 def describe_prediction(plan: Plan) -> str:
