@@ -1,6 +1,6 @@
 """Write a small chat model with random weights: run by the Python that vLLM is installed for.
 
-    python make_model.py DIRECTORY HIDDEN_SIZE LAYERS SEED
+python make_model.py DIRECTORY HIDDEN_SIZE LAYERS SEED
 """
 
 import sys

@@ -1,0 +1,152 @@
+"""Estimates: the tables of aiconfigurator-core through our interface."""
+
+import json
+import sys
+
+import pytest
+
+from scepsy.files import load_profile, save_profile
+from scepsy.profiling import estimate, shipped_profiles
+from scepsy.profiling.kernels import accepted_config
+from scepsy.profiling.shape import shape_of
+from scepsy.profiling.ship import MODELS, ship
+from scepsy_optimizer.errors import ScepsyError
+from scepsy_optimizer.profile import StepClock
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return estimate("Qwen/Qwen3-8B", "h100", llm="generator", date="2026-01-01")
+
+
+def test_says_what_it_is_and_where_it_comes_from(generator):
+    assert (generator.llm, generator.model, generator.device_type) == ("generator", "Qwen/Qwen3-8B", "H100")
+    assert generator.provenance.source == "estimate"
+    assert generator.provenance.tool.startswith("aiconfigurator-core 0.12")
+    assert generator.provenance.engine == "vllm 0.24.0"
+    assert generator.provenance.date == "2026-01-01"
+
+
+def test_times_are_the_librarys(generator):
+    # Published in its documentation's units, milliseconds, for Qwen3-8B on H100 with vLLM.
+    clock = StepClock(generator, 1, 1.0)
+    assert clock.prefill_s(2048) * 1000 == pytest.approx(44.5, rel=0.01)
+    for batch, ms in ((1, 6.36), (32, 8.74), (128, 13.55)):
+        assert clock.decode_s(batch, 1024) * 1000 == pytest.approx(ms, rel=0.02)
+
+
+def test_devices_together_are_faster_but_not_in_proportion(generator):
+    for slower, faster in ((1, 2), (2, 4), (4, 8)):
+        one, two = StepClock(generator, slower, 1.0), StepClock(generator, faster, 1.0)
+        for step in ((64, 2000.0, 0), (0, 0.0, 4096)):
+            assert one.step_s(*step) / 2 < two.step_s(*step) < one.step_s(*step)
+
+
+def test_memory_decides_what_fits(generator):
+    assert generator.kv_tokens(1, 1.0) == pytest.approx(410_000, rel=0.02)
+    assert generator.kv_tokens(1, 0.5) > 100_000
+    assert generator.kv_tokens(1, 0.2) == 0
+    reranker = estimate("Qwen/Qwen3-0.6B", "H100", tensor_parallel_sizes=(1,))
+    assert reranker.kv_tokens(1, 0.1) > 30_000
+
+
+def test_leaves_out_sizes_that_heads_cannot_be_split_into():
+    profile = estimate("Qwen/Qwen3-8B", "H100", tensor_parallel_sizes=(1, 3, 64))
+    assert [steps.tensor_parallel_size for steps in profile.steps] == [1]
+
+
+def test_every_table_is_monotone_where_the_library_is_not():
+    # Its times of this model fall from 32 to 128 sequences at 8 devices.
+    steps = estimate("Qwen/Qwen3-8B", "B200", tensor_parallel_sizes=(8,)).at(8)
+    columns = list(zip(*steps.decode_s, strict=True))
+    assert all(list(column) == sorted(column) for column in columns)
+
+
+def test_limits_of_the_caller_and_of_the_model():
+    profile = estimate(
+        "Qwen/Qwen3-8B", "H100", tensor_parallel_sizes=(1,), max_model_len=100_000, max_num_seqs=64, quantization="fp8"
+    )
+    assert profile.llm == "Qwen/Qwen3-8B"
+    assert profile.max_model_len == 40960
+    assert profile.at(1).batch_sizes[-1] == 64
+    assert profile.at(1).weights_gib == pytest.approx(8.8, rel=0.02)
+
+
+def test_a_directory_of_another_architecture_is_estimated_as_a_llama(tmp_path):
+    # Mistral 7B.
+    config = {
+        "architectures": ["MistralForCausalLM"],
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    mistral = estimate(str(tmp_path), "H100", tensor_parallel_sizes=(1,))
+    llama = estimate("meta-llama/Meta-Llama-3.1-8B", "H100", tensor_parallel_sizes=(1,))
+    assert mistral.at(1) == llama.at(1)
+
+
+def test_an_ungated_mlp_becomes_a_narrower_gated_one():
+    config = {
+        "architectures": ["BertModel"],
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "vocab_size": 30522,
+        "max_position_embeddings": 512,
+        "hidden_act": "gelu",
+    }
+    shape = shape_of(config)
+    accepted = shape_of(accepted_config(config, shape))
+    assert accepted.mlp_parameters == shape.mlp_parameters
+    assert accepted.attention_parameters == shape.attention_parameters
+
+
+def test_an_unknown_architecture_with_experts_is_refused():
+    config = {
+        "architectures": ["UnheardOfMoeForCausalLM"],
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "vocab_size": 30522,
+        "num_experts": 8,
+    }
+    with pytest.raises(ScepsyError, match="UnheardOfMoeForCausalLM has experts"):
+        accepted_config(config, shape_of(config))
+
+
+def test_unknown_devices_list_the_known():
+    with pytest.raises(ScepsyError, match=r"'H10' cannot be estimated; known: A100, .*H200.*Did you mean H100\?"):
+        estimate("Qwen/Qwen3-8B", "H10")
+
+
+def test_a_missing_library_is_told_with_the_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "aiconfigurator_core", None)
+    with pytest.raises(ScepsyError, match=r"pip install 'scepsy\[estimate\]'"):
+        estimate("Qwen/Qwen3-8B", "H100")
+
+
+def test_shipped_profiles_are_what_the_demonstration_calls():
+    shipped = shipped_profiles("H100")
+    assert {llm: profile.model for llm, profile in shipped.items()} == MODELS
+    assert {"generator", "verifier", "reranker", "writer"} <= shipped.keys()
+    assert shipped_profiles("L40S") == {}
+
+
+def test_shipped_files_are_what_the_estimate_gives_today(tmp_path, generator):
+    date = shipped_profiles("H100")["generator"].provenance.date
+    paths = ship(tmp_path, date=date)
+    made = {profile.llm: profile for profile in map(load_profile, paths)}
+    assert made == shipped_profiles("H100")
+
+
+def test_a_profile_survives_its_file(tmp_path, generator):
+    save_profile(generator, tmp_path / "p.yaml")
+    assert load_profile(tmp_path / "p.yaml") == generator
