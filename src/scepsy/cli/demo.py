@@ -10,9 +10,8 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from scepsy.report.tables import plan_table, workload_table
+from scepsy.report.tables import plain_table, plan_table, workload_table
 from scepsy_optimizer.errors import ScepsyError
 
 HELP = "trace three example workflows on emulated GPUs, plan, deploy the plan, compare"
@@ -69,7 +68,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             on_workload=lambda workload: progress.console.print(workload_table(workload)),
             on_plan=lambda plan: progress.console.print(plan_table(plan)),
         )
-    table = Table(title="mean latency in seconds", title_justify="left")
+    table = plain_table("mean latency in seconds")
     table.add_column("workflow")
     for column in ("even split\npredicted", "\nmeasured", "plan\npredicted", "\nmeasured", "\nspeed-up"):
         table.add_column(column, justify="right", no_wrap=True)

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from scepsy.deploy import Deployment, find, list_deployments
+from scepsy.report.tables import plain_table
 
 HELP = "show running deployments and their replicas"
 
@@ -31,10 +32,9 @@ def status_table(deployment: Deployment) -> Table:
     """One row per replica."""
     status = deployment.status()
     state = "ready" if status.ready else "not ready"
-    table = Table(
-        title=f"{deployment.name}: {deployment.url}, {status.engine}, {state}, up {status.up_s:.0f} s, "
+    table = plain_table(
+        f"{deployment.name}: {deployment.url}, {status.engine}, {state}, up {status.up_s:.0f} s, "
         f"{status.in_flight} requests in flight",
-        title_justify="left",
     )
     for column in ("replica", "LLM", "phase", "place"):
         table.add_column(column)

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from scepsy_optimizer.plan import LLMPlan, Plan
 from scepsy_optimizer.workload import Workload
+
+
+def plain_table(title: str, caption: str | None = None) -> Table:
+    """An empty table in the common style: no frame, so that it fits a terminal of 80 columns."""
+    return Table(
+        title=title,
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+    )
 
 
 def workload_table(workload: Workload) -> Table:
@@ -15,17 +30,15 @@ def workload_table(workload: Workload) -> Table:
     service per execution, share of all LLMs' seconds.
     """
     counts = ", ".join(f"{count} {workflow}" for workflow, count in workload.workflows.items())
-    table = Table(
-        title=f"{workload.executions} executions ({counts})",
+    table = plain_table(
+        f"{workload.executions} executions ({counts})",
         caption=(
             f"mean latency {workload.latency_s:.2f} s (cv {workload.latency_cv:.2f}), "
             f"of which {workload.tool_s:.2f} s outside LLMs"
         ),
-        title_justify="left",
-        caption_justify="left",
     )
     table.add_column("LLM", no_wrap=True)
-    for column in ("calls", "critical", "parallel", "in", "out", "seconds", "share", "95 % interval"):
+    for column in ("calls", "on path", "parallel", "in", "out", "seconds", "share", "95 %"):
         table.add_column(column, justify="right", no_wrap=True)
     for demand in workload.demands:
         table.add_row(
@@ -37,18 +50,16 @@ def workload_table(workload: Workload) -> Table:
             f"{demand.output_tokens:.0f}",
             f"{demand.service_s:.2f}",
             f"{demand.share:.1%}",
-            f"{demand.share_low:.1%} to {demand.share_high:.1%}",
+            f"{demand.share_low:.1%}-{demand.share_high:.1%}",
         )
     return table
 
 
 def plan_table(plan: Plan) -> Table:
     """One row per LLM: what it gets, where, and what is predicted of it; the caption has the whole's prediction."""
-    table = Table(
-        title=f"plan for {plan.rate_rps:g} executions/s on {plan.cluster.devices} {plan.cluster.device_type}",
+    table = plain_table(
+        f"plan for {plan.rate_rps:g} executions/s on {plan.cluster.devices} {plan.cluster.device_type}",
         caption=describe_prediction(plan),
-        title_justify="left",
-        caption_justify="left",
     )
     table.add_column("LLM", no_wrap=True)
     table.add_column("each replica", no_wrap=True)

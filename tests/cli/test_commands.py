@@ -1,0 +1,142 @@
+"""The commands as their user meets them: what they print, write and refuse."""
+
+import pytest
+
+from scepsy.cli import main
+from scepsy.files import load_plan
+from scepsy_optimizer.placement import check_placement
+
+
+def test_report_shows_what_each_llm_does(scepsy, traces):
+    code, out, err = scepsy("report", traces)
+    assert (code, err) == (0, "")
+    assert "20 executions (20 essay)" in out
+    assert "generator" in out
+    assert "writer" in out
+
+
+def test_a_torn_file_is_read_up_to_the_tear(scepsy, traces):
+    path = traces / "spans.jsonl"
+    text = path.read_text()
+    path.write_text(text[: len(text) - 300])
+    code, out, _ = scepsy("report", traces)
+    assert code == 0
+    assert "19 executions" in out
+    assert "1 x" in out
+
+
+def test_optimize_writes_a_plan_that_can_be_read(scepsy, traces, tmp_path):
+    target = tmp_path / "plans" / "plan.yaml"
+    code, out, err = scepsy("optimize", traces, "--cluster", "4xH100", "--rate", "2", "-o", target)
+    assert (code, err) == (0, "")
+    plan = load_plan(target)
+    assert check_placement(plan) == []
+    assert {part.llm for part in plan.llms} == {"generator", "writer"}
+    assert plan.rate_rps == 2
+    assert plan.prediction is not None
+    assert f"predicted latency {plan.prediction.latency_s:.2f} s" in out
+    assert "scepsy deploy" in out
+    assert plan.provenance["traces"] == str(traces)
+
+
+def test_rates_can_be_given_by_workflow(scepsy, traces, tmp_path):
+    target = tmp_path / "plan.yaml"
+    assert scepsy("optimize", traces, "--cluster", "4xH100", "--rate", "essay=3", "-o", target)[0] == 0
+    assert load_plan(target).rate_rps == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--cluster", "4xH100", "--rate", "100000"], "is out of reach on 4 H100: the highest is"),
+        (["--cluster", "4xH100", "--rate", "0"], "must be a positive number"),
+        (["--cluster", "4xH100", "--rate", "fast"], "write a number, or WORKFLOW=NUMBER"),
+        (["--cluster", "4xH100", "--rate", "poem=1"], "give each traced workflow a rate"),
+        (["--cluster", "4xH100", "--rate", "1", "--rate", "essay=1"], "give one rate for all, or one for each"),
+        (["--cluster", "4xZ100", "--rate", "1"], "unknown device type 'Z100'; known: A100"),
+        (["--cluster", "cluster.yaml", "--rate", "1"], "cluster.yaml: no such file; expected a cluster file"),
+        (["--cluster", "4xA100", "--rate", "1"], "no profile of generator, writer on A100"),
+        (["--cluster", "4xH100", "--rate", "1", "--model", "generator"], "write LLM=MODEL"),
+        (["--cluster", "4xH100", "--rate", "1", "--profiles", "nowhere.yaml"], "nowhere.yaml: no such file"),
+    ],
+)
+def test_bad_questions_get_one_clear_line(scepsy, traces, tmp_path, words, told):
+    code, out, err = scepsy("optimize", traces, *words, "-o", tmp_path / "plan.yaml")
+    assert code == 2
+    assert out == ""
+    assert err.startswith("scepsy optimize: ")
+    assert told in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "plan.yaml").exists()
+
+
+def test_an_unknown_model_is_told_with_those_that_are_known(scepsy, traces, tmp_path):
+    words = ["--cluster", "4xH100", "--rate", "1", "--model", "generator=nobody/nothing-1b", "-o", tmp_path / "p.yaml"]
+    code, _, err = scepsy("optimize", traces, *words)
+    assert code == 2
+    assert "nobody/nothing-1b" in err
+    assert err.count("\n") == 1
+
+
+def test_traces_that_are_none(scepsy, tmp_path):
+    code, _, err = scepsy("report", tmp_path / "nowhere")
+    assert code == 2
+    assert "nowhere" in err
+    (tmp_path / "empty").mkdir()
+    code, _, err = scepsy("report", tmp_path / "empty")
+    assert code == 2
+    assert "empty" in err
+    (tmp_path / "noise.jsonl").write_text("not a span\n")
+    code, _, err = scepsy("report", tmp_path / "noise.jsonl")
+    assert code == 2
+    assert "noise.jsonl" in err
+
+
+def test_a_plan_that_does_not_fit_this_machine_is_refused(scepsy, traces, tmp_path, monkeypatch):
+    monkeypatch.setenv("SCEPSY_HOME", str(tmp_path / "home"))
+    target = tmp_path / "plan.yaml"
+    assert scepsy("optimize", traces, "--cluster", "4xH100", "--rate", "2", "-o", target)[0] == 0
+    code, _, err = scepsy("deploy", target, "--port", "0")
+    assert code == 2
+    assert err.startswith("scepsy deploy: ")
+    assert "GPU" in err
+    code, _, err = scepsy("deploy", tmp_path / "other.yaml")
+    assert code == 2
+    assert "other.yaml: no such file" in err
+    code, _, err = scepsy("stop", "nothing")
+    assert code == 2
+    assert "no deployment 'nothing'" in err
+    code, out, _ = scepsy("status")
+    assert code == 0
+    assert "nothing is deployed" in out
+
+
+def test_deploy_status_and_stop_work_from_several_processes(scepsy, traces, tmp_path, monkeypatch):
+    monkeypatch.setenv("SCEPSY_HOME", str(tmp_path / "home"))
+    target = tmp_path / "plan.yaml"
+    assert scepsy("optimize", traces, "--cluster", "2xH100", "--rate", "1", "-o", target)[0] == 0
+    code, out, err = scepsy("deploy", target, "--engine", "emulator", "--port", "0", "--name", "here", "--detach")
+    try:
+        assert (code, err) == (0, "")
+        assert "ready: OPENAI_BASE_URL=http://127.0.0.1:" in out
+        code, out, _ = scepsy("status", "here")
+        assert code == 0
+        assert "generator-0" in out
+    finally:
+        code, out, _ = scepsy("stop", "here")
+    assert code == 0
+    assert "stopped 'here'" in out
+    assert scepsy("status", "here")[0] == 2
+
+
+def test_demo_refuses_what_makes_no_sense(scepsy):
+    assert scepsy("demo", "--rate", "0")[0] == 2
+    assert scepsy("demo", "--cluster", "1xH100", "--seconds", "1")[0] == 2
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("demo", "report", "optimize", "deploy", "status", "stop"))
