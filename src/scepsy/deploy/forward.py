@@ -6,6 +6,7 @@ an answer is passed on when it comes.
 
 from __future__ import annotations
 
+import io
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -35,6 +36,9 @@ MAX_BODY_BYTES: Final = 1 << 30
 # Shorter than what servers keep (vLLM: 5 s), so that a connection is seldom used when it is being closed.
 _KEEP_ALIVE_S: Final = 3.0
 _CONNECT_S: Final = 5.0
+
+# What is larger is written in pieces, so that others get their turn in between.
+_PIECEWISE_BYTES: Final = 1 << 20
 
 
 class NotConnectedError(Exception):
@@ -96,9 +100,11 @@ async def exchange(
     headers.popall("Expect", None)
     if extra:
         headers.update(extra)
-    # aiohttp adds a length of its own only to what has a body.
-    payload = body if body or "Content-Length" in headers else None
+    # aiohttp counts the length anew, of an empty body only if there is one.
+    payload: bytes | io.BytesIO | None = body if body or "Content-Length" in headers else None
     headers.popall("Content-Length", None)
+    if len(body) > _PIECEWISE_BYTES:
+        payload = io.BytesIO(body)
     try:
         answer = await session.request(
             request.method,
