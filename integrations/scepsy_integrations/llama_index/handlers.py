@@ -1,0 +1,306 @@
+"""LlamaIndex's dispatcher spans and events, turned into handles.
+
+A dispatcher span of a model or an embedding says nothing of a call: there are two or three per call, and that of a
+stream ends when the generator is returned. A call runs from its start event to its end event.
+"""
+
+# ruff: noqa: ARG002 - LlamaIndex fixes the signatures
+from __future__ import annotations
+
+import inspect
+import sys
+from collections import OrderedDict
+from typing import Any, Final
+
+from llama_index.core.base.embeddings.base import BaseEmbedding
+from llama_index.core.base.llms.base import BaseLLM
+from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined] # it is public all the same
+from llama_index.core.instrumentation.event_handlers import BaseEventHandler
+from llama_index.core.instrumentation.events.embedding import EmbeddingEndEvent, EmbeddingStartEvent
+from llama_index.core.instrumentation.events.exception import ExceptionEvent
+from llama_index.core.instrumentation.events.llm import (
+    LLMChatEndEvent,
+    LLMChatInProgressEvent,
+    LLMChatStartEvent,
+    LLMCompletionEndEvent,
+    LLMCompletionInProgressEvent,
+    LLMCompletionStartEvent,
+)
+from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
+from llama_index.core.instrumentation.span import BaseSpan, active_span_id
+from llama_index.core.instrumentation.span_handlers import BaseSpanHandler
+
+from scepsy import semconv
+from scepsy.capture import Handle, Outcome, end_call, guard_task, harmless, how_ended, muted, recorder, settle_task
+
+_UUID_LENGTH: Final = 36
+_LIMIT: Final = 100_000
+
+_passed: Final[OrderedDict[str, Handle | None]] = OrderedDict()
+"""Dispatcher spans without a span of their own, and the handle above each."""
+_calls: Final[OrderedDict[str, list[Handle]]] = OrderedDict()
+"""The open calls of each dispatcher span, in the order of their starts."""
+_streams: Final[OrderedDict[str, Handle]] = OrderedDict()
+"""Calls whose dispatcher span has ended with a generator that sends its request when it is first read."""
+
+
+class ScepsySpanHandler(BaseSpanHandler[BaseSpan]):
+    """Handles for queries, retrievals, syntheses, tools, agents, workflows and their steps."""
+
+    @classmethod
+    def class_name(cls) -> str:
+        """LlamaIndex's name for it."""
+        return "ScepsySpanHandler"
+
+    @harmless
+    def span_enter(
+        self,
+        id_: str,
+        bound_args: inspect.BoundArguments,
+        instance: Any | None = None,
+        parent_id: str | None = None,
+        tags: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """A dispatcher span begins."""
+        if muted() or id_ in recorder.open:
+            return
+        if isinstance(instance, (BaseLLM, BaseEmbedding)):
+            _bounded(_passed, id_, _first_open(parent_id) or _above(parent_id))
+            return
+        above = _above(parent_id)
+        name = id_[: -_UUID_LENGTH - 1]
+        parent, outer = recorder.around(above)
+        kind, role = _kind_and_role(name, instance)
+        if parent is None and kind == semconv.KIND_STEP:
+            kind = semconv.KIND_WORKFLOW
+        title = name if kind == semconv.KIND_STEP else role
+        handle = recorder.start_below(parent, outer, kind, title, key=id_)
+        handle.role = role
+
+    @harmless
+    def span_exit(
+        self,
+        id_: str,
+        bound_args: inspect.BoundArguments,
+        instance: Any | None = None,
+        result: Any | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """A dispatcher span has ended; a stream that it returns has not even begun."""
+        handle = recorder.open.get(id_)
+        if handle is not None:
+            settle_task(handle)
+            handle.end(outcome=_cancelled.pop(id_, None))
+        _passed.pop(id_, None)
+        for call in _calls.get(id_, ()):
+            if call.live:
+                _bounded(_streams, id_, call)
+
+    @harmless
+    def span_drop(
+        self,
+        id_: str,
+        bound_args: inspect.BoundArguments,
+        instance: Any | None = None,
+        err: BaseException | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """A dispatcher span has failed or was cancelled."""
+        for call in _calls.pop(id_, ()):
+            end_call(call, err)
+        _passed.pop(id_, None)
+        handle = recorder.open.get(id_)
+        if handle is not None:
+            settle_task(handle)
+            handle.end(error=err, outcome=how_ended(err))
+
+    def new_span(self, *args: Any, **kwargs: Any) -> None:
+        """Not used: what LlamaIndex would keep of a span is not needed."""
+
+    def prepare_to_exit_span(self, *args: Any, **kwargs: Any) -> None:
+        """Not used, as above."""
+
+    def prepare_to_drop_span(self, *args: Any, **kwargs: Any) -> None:
+        """Not used, as above."""
+
+
+class ScepsyEventHandler(BaseEventHandler):
+    """Calls of models, embeddings and rerankers."""
+
+    @classmethod
+    def class_name(cls) -> str:
+        """LlamaIndex's name for it."""
+        return "ScepsyEventHandler"
+
+    @harmless
+    def handle(self, event: Any, **kwargs: Any) -> None:
+        """Something has happened."""
+        if isinstance(event, (LLMChatInProgressEvent, LLMCompletionInProgressEvent)):
+            call = _first_open(event.span_id)
+            if call is not None:
+                _streams.pop(event.span_id or "", None)
+                call.received()
+        elif isinstance(event, (LLMChatEndEvent, LLMCompletionEndEvent)):
+            call = _take(event.span_id)
+            if call is not None:
+                _describe(call, event.response)
+                end_call(call)
+        elif isinstance(event, LLMChatStartEvent):
+            _start_call(semconv.CHAT, event.span_id, event.model_dict)
+        elif isinstance(event, LLMCompletionStartEvent):
+            _start_call(semconv.TEXT_COMPLETION, event.span_id, event.model_dict)
+        elif isinstance(event, EmbeddingStartEvent):
+            _start_call(semconv.EMBEDDINGS, event.span_id, event.model_dict)
+        elif isinstance(event, ReRankStartEvent):
+            _start_call(semconv.RERANK, event.span_id, {"model_name": event.model_name})
+        elif isinstance(event, (EmbeddingEndEvent, ReRankEndEvent)):
+            call = _take(event.span_id)
+            if call is not None:
+                end_call(call)
+        elif isinstance(event, ExceptionEvent):
+            call = _take(event.span_id)
+            if call is not None:
+                end_call(call, event.exception)
+        elif type(event).__name__ == "SpanCancelledEvent" and event.span_id in recorder.open:
+            _bounded(_cancelled, event.span_id, Outcome.CANCELLED)
+
+
+_cancelled: Final[OrderedDict[str, Outcome]] = OrderedDict()
+
+
+def _kind_and_role(name: str, instance: Any) -> tuple[str, str]:
+    """What a dispatcher span stands for, and the role that it gives to the calls below it."""
+    owner, _, method = name.rpartition(".")
+    if instance is None:
+        return semconv.KIND_STEP, method  # a step of a workflow, or a function with a span
+    ancestry = {base.__name__ for base in type(instance).__mro__}
+    if "BaseTool" in ancestry:
+        return semconv.KIND_TOOL, str(instance.metadata.name)
+    if "BaseWorkflowAgent" in ancestry:
+        return semconv.KIND_AGENT, str(instance.name)
+    return semconv.KIND_STEP, owner or name
+
+
+def _start_call(operation: str, span_id: str | None, model: dict[str, Any]) -> None:
+    if muted():
+        return
+    name = model.get("model_name") or model.get("model") or model.get("class_name") or ""
+    parent, outer = recorder.around(_above(span_id), without=_current)
+    handle = recorder.start_below(parent, outer, semconv.KIND_LLM, str(name), operation=operation)
+    guard_task(handle)
+    key = span_id or ""
+    calls = _calls.get(key)
+    if calls is None:
+        _bounded(_calls, key, [handle])
+    else:
+        calls.append(handle)
+
+
+def _first_open(span_id: str | None) -> Handle | None:
+    for call in _calls.get(span_id or "", ()):
+        if call.live:
+            return call
+    return None
+
+
+def _take(span_id: str | None) -> Handle | None:
+    """Remove and return the oldest call of a dispatcher span."""
+    key = span_id or ""
+    _streams.pop(key, None)
+    calls = _calls.get(key)
+    if not calls:
+        return None
+    call = calls.pop(0)
+    if not calls:
+        del _calls[key]
+    return call
+
+
+def _above(span_id: str | None) -> Handle | None:
+    if span_id is None:
+        return None
+    return recorder.open.get(span_id) or _passed.get(span_id)
+
+
+def _current() -> Handle | None:
+    """The call or span of LlamaIndex that the caller is in."""
+    span_id = active_span_id.get()
+    if span_id is not None:
+        for call in _calls.get(span_id, ()):
+            if call.live and (call.accepting or call.exchange is not None):
+                return call
+        found = _above(span_id)
+    else:
+        found = None
+    if _streams:
+        return _reading() or found
+    return found
+
+
+def _reading() -> Handle | None:
+    """The stream that is being read below the caller.
+
+    Its request is sent by the generator's first step, when its dispatcher span is over: only the frame of LlamaIndex's
+    wrapper around the generator still knows which call it is.
+    """
+    frame = sys._getframe(2)  # noqa: SLF001 - the only way to the frames
+    while frame is not None:
+        if frame.f_code.co_name == "wrapped_gen":
+            call = _streams.get(frame.f_locals.get("span_id", ""))
+            if call is not None and call.live:
+                return call
+        frame = frame.f_back  # type: ignore[assignment] # None ends the loop
+    return None
+
+
+def _describe(call: Handle, response: Any) -> None:
+    """Note tokens and identity, unless the server itself has told them already."""
+    if call.kind != semconv.KIND_LLM:
+        return
+    attributes = call.attributes
+    raw = getattr(response, "raw", None)
+    extra = getattr(response, "additional_kwargs", None) or {}
+    usage = raw.get("usage") if isinstance(raw, dict) else getattr(raw, "usage", None)
+    for key, source, names in (
+        (semconv.INPUT_TOKENS, usage, ("prompt_tokens", "input_tokens")),
+        (semconv.OUTPUT_TOKENS, usage, ("completion_tokens", "output_tokens")),
+        (semconv.INPUT_TOKENS, extra, ("prompt_tokens",)),
+        (semconv.OUTPUT_TOKENS, extra, ("completion_tokens",)),
+    ):
+        for name in names:
+            value = source.get(name) if isinstance(source, dict) else getattr(source, name, None)
+            if isinstance(value, int):
+                attributes.setdefault(key, value)
+    for key, name in ((semconv.RESPONSE_ID, "id"), (semconv.RESPONSE_MODEL, "model")):
+        value = raw.get(name) if isinstance(raw, dict) else getattr(raw, name, None)
+        if isinstance(value, str):
+            attributes.setdefault(key, value)
+
+
+def _bounded(memory: OrderedDict[str, Any], key: str, value: Any) -> None:
+    memory[key] = value
+    if len(memory) > _LIMIT:
+        memory.popitem(last=False)
+
+
+_span_handler: Final = ScepsySpanHandler()
+_event_handler: Final = ScepsyEventHandler()
+
+
+def turn_on() -> None:
+    """Listen at the root dispatcher."""
+    root = get_dispatcher()
+    if _span_handler not in root.span_handlers:
+        root.add_span_handler(_span_handler)
+        root.add_event_handler(_event_handler)
+        recorder.sources.append(_current)
+
+
+def turn_off() -> None:
+    """Listen no longer."""
+    root = get_dispatcher()
+    root.span_handlers = [handler for handler in root.span_handlers if handler is not _span_handler]
+    root.event_handlers = [handler for handler in root.event_handlers if handler is not _event_handler]
+    if _current in recorder.sources:
+        recorder.sources.remove(_current)

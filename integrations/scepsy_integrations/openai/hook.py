@@ -1,0 +1,269 @@
+"""The hook for `openai.OpenAI` and `openai.AsyncOpenAI`, versions 2 and 3, Azure included.
+
+All endpoints, sync or async, parsed, raw or streamed, go through the client's `request`, and every attempt through its
+`_prepare_request`: these two, the pause between attempts and the moment before the answer is parsed are what is hooked.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from contextvars import ContextVar, Token
+from typing import Any, Final
+
+from scepsy import semconv
+from scepsy.capture import Exchange, attach, detach, harmless, muted, recorder
+from scepsy_integrations.openai.answers import describe, watch
+
+_OPERATIONS: Final = {
+    "/chat/completions": semconv.CHAT,
+    "/responses": semconv.CHAT,
+    "/completions": semconv.TEXT_COMPLETION,
+    "/embeddings": semconv.EMBEDDINGS,
+    # vLLM's own, sent through client.post.
+    "/rerank": semconv.RERANK,
+    "/score": semconv.RERANK,
+    "/pooling": semconv.EMBEDDINGS,
+    "/classify": semconv.RERANK,
+}
+
+_sending: ContextVar[Exchange | None] = ContextVar("scepsy_openai_sending", default=None)
+
+
+@harmless
+def _begin(client: Any, options: Any, streamed: bool) -> Exchange | None:  # noqa: FBT001 - as the client passes it on
+    operation = _OPERATIONS.get(options.url.removeprefix("/v1").removeprefix("/v2"))
+    if operation is None or options.method.lower() != "post" or muted():
+        return None
+    body = options.json_data
+    model = body.get("model") if isinstance(body, dict) else None
+    url = client.base_url
+    return Exchange.begin(
+        recorder,
+        operation,
+        model=model if isinstance(model, str) else "",
+        provider="openai",
+        address=url.host,
+        port=url.port or (443 if url.scheme == "https" else 80),
+        streamed=streamed,
+    )
+
+
+@harmless
+def _enter(exchange: Exchange) -> tuple[Token[Exchange | None], object]:
+    return _sending.set(exchange), attach(exchange.handle)
+
+
+@harmless
+def _leave(tokens: tuple[Token[Exchange | None], object] | None) -> None:
+    if tokens is not None:
+        detach(tokens[1])
+        _sending.reset(tokens[0])
+
+
+@harmless
+def _answered(exchange: Exchange, answer: Any) -> None:
+    if not watch(exchange, answer):
+        describe(exchange, answer)
+        exchange.succeed()
+
+
+@harmless
+def _failed(exchange: Exchange, error: BaseException) -> None:
+    exchange.fail(error)
+
+
+@harmless
+def _attempt(request: Any) -> None:
+    exchange = _sending.get()
+    if exchange is not None:
+        exchange.attempt()
+        if "traceparent" not in request.headers:
+            request.headers.update(exchange.handle.traceparent())
+
+
+@harmless
+def _backoff() -> None:
+    exchange = _sending.get()
+    if exchange is not None:
+        exchange.backoff()
+
+
+@harmless
+def _arrived() -> None:
+    exchange = _sending.get()
+    if exchange is not None:
+        exchange.arrived()
+
+
+def _request(wrapped: Callable[..., Any], client: Any) -> Callable[..., Any]:
+    @functools.wraps(wrapped)
+    def request(cast_to: Any, options: Any, **kwargs: Any) -> Any:
+        exchange = _begin(client, options, bool(kwargs.get("stream")))
+        if exchange is None:
+            return wrapped(cast_to, options, **kwargs)
+        tokens = _enter(exchange)
+        try:
+            answer = wrapped(cast_to, options, **kwargs)
+        except BaseException as error:
+            _failed(exchange, error)
+            raise
+        finally:
+            _leave(tokens)
+        _answered(exchange, answer)
+        return answer
+
+    return request
+
+
+def _async_request(wrapped: Callable[..., Any], client: Any) -> Callable[..., Any]:
+    @functools.wraps(wrapped)
+    async def request(cast_to: Any, options: Any, **kwargs: Any) -> Any:
+        exchange = _begin(client, options, bool(kwargs.get("stream")))
+        if exchange is None:
+            return await wrapped(cast_to, options, **kwargs)
+        tokens = _enter(exchange)
+        try:
+            answer = await wrapped(cast_to, options, **kwargs)
+        except BaseException as error:
+            _failed(exchange, error)
+            raise
+        finally:
+            _leave(tokens)
+        _answered(exchange, answer)
+        return answer
+
+    return request
+
+
+def _prepare_request(wrapped: Callable[..., Any], _client: Any) -> Callable[..., Any]:
+    @functools.wraps(wrapped)
+    def prepare(request: Any) -> Any:
+        _attempt(request)
+        return wrapped(request)
+
+    return prepare
+
+
+def _sleep_for_retry(wrapped: Callable[..., Any], _client: Any) -> Callable[..., Any]:
+    @functools.wraps(wrapped)
+    def sleep(*args: Any, **kwargs: Any) -> Any:
+        _backoff()
+        return wrapped(*args, **kwargs)
+
+    return sleep
+
+
+def _process_response(wrapped: Callable[..., Any], _client: Any) -> Callable[..., Any]:
+    @functools.wraps(wrapped)
+    def process(*args: Any, **kwargs: Any) -> Any:
+        _arrived()
+        return wrapped(*args, **kwargs)
+
+    return process
+
+
+_Hook = Callable[[Callable[..., Any], Any], Callable[..., Any]]
+
+
+def _hooks(*, asynchronous: bool) -> dict[str, _Hook]:
+    return {
+        "request": _async_request if asynchronous else _request,
+        "_prepare_request": _prepare_request,
+        "_sleep_for_retry": _sleep_for_retry,
+        "_process_response": _process_response,
+    }
+
+
+class _ClassPatch:
+    """One method of a class with a hook around it, until it is undone."""
+
+    def __init__(self, owner: type, name: str, hook: _Hook) -> None:
+        self.owner = owner
+        self.name = name
+        self.on = True
+        self.own = name in vars(owner)
+        self.original = original = getattr(owner, name)
+
+        @functools.wraps(original)
+        def method(client: Any, *args: Any, **kwargs: Any) -> Any:
+            bound = functools.partial(original, client)
+            if self.on and _INSTRUMENTED not in vars(client):
+                return hook(bound, client)(*args, **kwargs)
+            return bound(*args, **kwargs)
+
+        self.replacement = method
+        setattr(owner, name, method)
+
+    def undo(self) -> None:
+        """Restore the method; if somebody else has wrapped it since, only fall silent."""
+        self.on = False
+        if vars(self.owner).get(self.name) is not self.replacement:
+            return
+        if self.own:
+            setattr(self.owner, self.name, self.original)
+        else:
+            delattr(self.owner, self.name)
+
+
+_INSTRUMENTED: Final = "_scepsy_instrumented"
+
+
+def instrument_client(client: object) -> Callable[[], None] | None:
+    """Hook one client object, and those made from it by `with_options`. The result undoes it; None: of another kind."""
+    if importlib.util.find_spec("openai") is None:
+        return None
+    from openai import AsyncOpenAI, OpenAI
+
+    if not isinstance(client, (OpenAI, AsyncOpenAI)):
+        return None
+    own = vars(client)
+    if _INSTRUMENTED in own:
+        return lambda: None
+    hooks = _hooks(asynchronous=isinstance(client, AsyncOpenAI))
+    for name, hook in hooks.items():
+        setattr(client, name, hook(getattr(client, name), client))
+
+    def copying(copy: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(copy)
+        def copied(*args: Any, **kwargs: Any) -> Any:
+            clone = copy(*args, **kwargs)
+            instrument_client(clone)
+            return clone
+
+        return copied
+
+    names = ("copy", "with_options")
+    for name in names:
+        setattr(client, name, copying(getattr(client, name)))
+    setattr(client, _INSTRUMENTED, True)
+
+    def undo() -> None:
+        for name in (*hooks, *names, _INSTRUMENTED):
+            own.pop(name, None)
+
+    return undo
+
+
+class Instrumentor:
+    """Turns the hook on for every client of the process, made before or after."""
+
+    _patches: list[_ClassPatch] = []  # noqa: RUF012 - shared on purpose: the classes are hooked once per process
+
+    instrument_client = staticmethod(instrument_client)
+
+    def instrument(self, **_kwargs: Any) -> None:
+        """Hook the client classes, if openai is installed and they are not hooked yet."""
+        if self._patches or importlib.util.find_spec("openai") is None:
+            return
+        import openai
+
+        for owner, asynchronous in ((openai.OpenAI, False), (openai.AsyncOpenAI, True)):
+            for name, hook in _hooks(asynchronous=asynchronous).items():
+                self._patches.append(_ClassPatch(owner, name, hook))
+
+    def uninstrument(self, **_kwargs: Any) -> None:
+        """Restore the client classes."""
+        while self._patches:
+            self._patches.pop().undo()

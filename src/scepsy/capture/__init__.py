@@ -1,0 +1,36 @@
+"""Capture: every LLM call of a program as an OpenTelemetry span, with the workflow, agent and tool that made it."""
+
+from __future__ import annotations
+
+from scepsy.capture.context import ContextThreadPoolExecutor, propagate
+from scepsy.capture.decorators import agent, tool, workflow
+from scepsy.capture.exchange import Exchange, end_call
+from scepsy.capture.instrumentation import flush, instrument, uninstrument
+from scepsy.capture.recorder import Handle, Outcome, Recorder, attach, detach, how_ended, muted, now_ns, recorder
+from scepsy.capture.safety import harmless
+from scepsy.capture.tasks import guard_task, settle_task
+
+__all__ = [
+    "ContextThreadPoolExecutor",
+    "Exchange",
+    "Handle",
+    "Outcome",
+    "Recorder",
+    "agent",
+    "attach",
+    "detach",
+    "end_call",
+    "flush",
+    "guard_task",
+    "harmless",
+    "how_ended",
+    "instrument",
+    "muted",
+    "now_ns",
+    "propagate",
+    "recorder",
+    "settle_task",
+    "tool",
+    "uninstrument",
+    "workflow",
+]

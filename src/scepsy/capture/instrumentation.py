@@ -1,0 +1,165 @@
+"""`instrument()`: turn capture on, and say where its spans go."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from opentelemetry import trace
+from opentelemetry.trace import TracerProvider
+
+from scepsy.capture.context import patch_threads, restore_threads
+from scepsy.capture.recorder import recorder
+from scepsy.capture.safety import tell
+from scepsy_optimizer.errors import ScepsyError
+
+TRACES_VARIABLE: Final = "SCEPSY_TRACES"
+DEFAULT_DIRECTORY: Final = "scepsy-traces"
+_GROUP: Final = "opentelemetry_instrumentor"
+_PREFIX: Final = "scepsy-"
+
+
+class Instrumentor(Protocol):
+    """A framework's hook, as its entry point names it: OpenTelemetry's own protocol, without its base class."""
+
+    def instrument(self, **kwargs: Any) -> None:
+        """Turn the hook on; does nothing if the framework is not installed or the hook is on."""
+
+    def uninstrument(self, **kwargs: Any) -> None:
+        """Turn it off and restore everything."""
+
+
+@dataclass(slots=True)
+class _State:
+    """What has been turned on in this process."""
+
+    destination_chosen: bool = False
+    threads: bool = False
+    provider: Any = None
+    trace_file: Any = None
+    instrumentors: list[Instrumentor] = field(default_factory=list)
+    undo_clients: list[Callable[[], None]] = field(default_factory=list)
+
+
+_state = _State()
+
+
+def instrument(
+    client: object | None = None,
+    *,
+    directory: str | os.PathLike[str] | None = None,
+    provider: TracerProvider | None = None,
+    threads: bool = False,
+) -> None:
+    """Capture every LLM call of this process, or of one client object.
+
+    Turns on the hooks of all supported frameworks that are installed; with a `client` (such as `openai.OpenAI()`) only
+    that client's. Calling it again changes nothing but what is said anew.
+
+    Spans go to `provider`; without one, to the provider that the application has set for OpenTelemetry, which is never
+    replaced; without that, to files in `directory`, in $SCEPSY_TRACES, or in ./scepsy-traces. A `directory` that is
+    given gets the files in any case. `threads=True` also carries the current workflow into every new thread and thread
+    pool of the process.
+
+    Raises ScepsyError if the directory cannot be written or the client is of no supported kind.
+    """
+    if directory is not None or provider is not None or not _state.destination_chosen:
+        _choose_destination(None if directory is None else Path(directory), provider)
+    if threads and not _state.threads:
+        patch_threads()
+        _state.threads = True
+    if client is not None:
+        _instrument_client(client)
+        return
+    if _state.instrumentors:
+        return
+    for point in _hooks():
+        try:
+            hook: Instrumentor = point.load()()
+            hook.instrument()
+        except Exception as error:  # noqa: BLE001 - a framework that cannot be hooked must not stop the program
+            tell(f"the hook {point.name}", error)
+        else:
+            _state.instrumentors.append(hook)
+
+
+def uninstrument() -> None:
+    """Turn every hook off, restore what they changed, and write the spans that wait."""
+    for hook in _state.instrumentors:
+        try:
+            hook.uninstrument()
+        except Exception as error:  # noqa: BLE001 - the others are still to be undone
+            tell(f"undoing {type(hook).__module__}", error)
+    for undo in _state.undo_clients:
+        undo()
+    _state.instrumentors.clear()
+    _state.undo_clients.clear()
+    if _state.threads:
+        restore_threads()
+        _state.threads = False
+    _leave_destination()
+
+
+def flush() -> None:
+    """Write now what has ended, rather than within half a second."""
+    if _state.trace_file is not None:
+        _state.trace_file.force_flush()
+
+
+def _hooks() -> list[EntryPoint]:
+    found = {point.name: point for point in entry_points(group=_GROUP) if point.name.startswith(_PREFIX)}
+    return [found[name] for name in sorted(found)]
+
+
+def _instrument_client(client: object) -> None:
+    for point in _hooks():
+        wrap = getattr(point.load(), "instrument_client", None)
+        undo = None if wrap is None else wrap(client)
+        if undo is not None:
+            _state.undo_clients.append(undo)
+            return
+    kind = f"{type(client).__module__}.{type(client).__qualname__}"
+    raise ScepsyError(f"{kind} is not a client that Scepsy can instrument; pass an openai.OpenAI or openai.AsyncOpenAI")
+
+
+def _choose_destination(directory: Path | None, provider: TracerProvider | None) -> None:
+    _leave_destination()
+    known: Any = provider or _provider_of_application()
+    if known is None or directory is not None:
+        from scepsy.capture.trace_file import TraceFile
+
+        target = directory or Path(os.environ.get(TRACES_VARIABLE) or DEFAULT_DIRECTORY)
+        _state.trace_file = TraceFile(target)
+        if known is None:
+            known = _state.provider = _own_provider()
+        known.add_span_processor(_state.trace_file)
+    recorder.use(known)
+    recorder.adopt_environment()
+    _state.destination_chosen = True
+
+
+def _provider_of_application() -> TracerProvider | None:
+    """The provider that the application has set, if it is one that records."""
+    known = trace.get_tracer_provider()
+    return known if hasattr(known, "add_span_processor") else None
+
+
+def _own_provider() -> Any:
+    from opentelemetry.sdk.trace import TracerProvider as SDKTracerProvider
+    from opentelemetry.sdk.trace.sampling import ALWAYS_ON
+
+    return SDKTracerProvider(sampler=ALWAYS_ON, shutdown_on_exit=False)
+
+
+def _leave_destination() -> None:
+    if _state.trace_file is not None:
+        _state.trace_file.shutdown()
+    if _state.provider is not None:
+        _state.provider.shutdown()
+    _state.trace_file = _state.provider = None
+    _state.destination_chosen = False
+    recorder.use(None)

@@ -1,0 +1,69 @@
+"""LLM calls whose end no framework tells: those cancelled with their asyncio task, or by a timeout inside it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Final
+
+from scepsy.capture.recorder import Handle, Outcome
+from scepsy.capture.safety import harmless
+
+_guarded: Final[dict[asyncio.Task[Any], set[Handle]]] = {}
+"""The calls that each unfinished task has opened."""
+
+
+def guard_task(handle: Handle) -> None:
+    """End `handle` as cancelled if the current asyncio task finishes before it does."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # no event loop runs in this thread
+        return
+    if task is None:
+        return
+    handles = _guarded.get(task)
+    if handles is None:
+        handles = _guarded[task] = set()
+        task.add_done_callback(_finished)
+    elif len(handles) > _TIDY_AT:
+        handles.difference_update([known for known in handles if not known.live])
+    handles.add(handle)
+
+
+_TIDY_AT: Final = 64
+
+
+@harmless
+def _finished(task: asyncio.Task[Any]) -> None:
+    for handle in _guarded.pop(task, ()):
+        _cancel(handle)
+
+
+def settle_task(parent: Handle) -> None:
+    """`parent` ends in the current task: calls below it that this very task was waiting for are over as well."""
+    if not _guarded:
+        return
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:
+        return
+    if task is None or task not in _guarded:
+        return
+    for handle in list(_guarded[task]):
+        if not handle.live:
+            _guarded[task].discard(handle)
+        elif _is_below(handle, parent):
+            _guarded[task].discard(handle)
+            _cancel(handle)
+
+
+def _cancel(handle: Handle) -> None:
+    # A stream is not what its task waits for: whoever reads it may be elsewhere, and will tell.
+    if handle.first_ns is None:
+        handle.end(outcome=Outcome.CANCELLED)
+
+
+def _is_below(handle: Handle, parent: Handle) -> bool:
+    above = handle.parent
+    while above is not None and above is not parent:
+        above = above.parent
+    return above is parent

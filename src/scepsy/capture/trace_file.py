@@ -1,0 +1,234 @@
+"""Spans as OTLP/JSON lines: what the OpenTelemetry Collector's file exporter writes.
+
+One file per process, appended to by single writes of whole lines, so a process that is killed loses only the spans that
+had not ended, or had ended within the last half second.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from opentelemetry.context import Context
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor
+
+from scepsy.capture.recorder import SCOPE
+from scepsy.capture.safety import logger, tell
+from scepsy_optimizer.errors import ScepsyError
+
+FLUSH_INTERVAL_S: Final = 0.5
+_LIMIT: Final = 200_000
+"""Spans waiting to be written, beyond which new ones are dropped and counted."""
+
+
+class TraceFile(SpanProcessor):
+    """Writes every span that ends to a file of this process in `directory`.
+
+    Of spans that Scepsy did not make only the skeleton is written (name, ids, times): they may hold prompts.
+
+    Raises ScepsyError if the directory cannot be made or written.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ScepsyError(f"{directory}: traces cannot be written here: {error.strerror}") from error
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise ScepsyError(f"{directory}: traces cannot be written here: permission denied")
+        self._begin()
+        _files.add(self)
+
+    def _begin(self) -> None:
+        """A new file, queue and thread: for a new process as well as for a new TraceFile."""
+        self._waiting: deque[ReadableSpan] = deque()
+        self._dropped = 0
+        self._write_lock = threading.Lock()
+        self._wake = threading.Event()
+        self._stopped = False
+        self._thread: threading.Thread | None = None
+        self._thread_lock = threading.Lock()
+        self._pid = os.getpid()
+        self._descriptor: int | None = None
+        host = socket.gethostname()
+        started_ms = time.time_ns() // 1_000_000
+        self.path = self.directory / f"spans-{host}-{self._pid}-{started_ms}.jsonl"
+        self._process: dict[str, str | int] = {"host.name": host, "process.pid": self._pid}
+
+    def on_start(self, span: Span, parent_context: Context | None = None) -> None:
+        """Nothing is written of a span before its end."""
+
+    def on_end(self, span: ReadableSpan) -> None:
+        """Queue the span."""
+        if self._stopped:
+            return
+        if len(self._waiting) >= _LIMIT:
+            self._dropped += 1
+            return
+        self._waiting.append(span)
+        if not self._wake.is_set():
+            self._wake.set()
+            if self._thread is None:
+                self._start_thread()
+
+    def _start_thread(self) -> None:
+        with self._thread_lock:
+            if self._thread is None and not self._stopped:
+                self._thread = threading.Thread(target=self._work, name="scepsy-trace-file", daemon=True)
+                self._thread.start()
+
+    def _work(self) -> None:
+        while not self._stopped:
+            self._wake.wait()
+            if not self._stopped:
+                time.sleep(FLUSH_INTERVAL_S)
+            self._wake.clear()
+            self.force_flush()
+
+    def force_flush(self, timeout_millis: int = 30000) -> bool:  # noqa: ARG002 - the processor interface has it
+        """Write all that is queued. False if it could not be written; it is dropped then, with one line in the log."""
+        with self._write_lock:
+            spans = []
+            while self._waiting:
+                spans.append(self._waiting.popleft())
+            if self._dropped:
+                logger.warning("%d spans were dropped: more than %d were waiting to be written", self._dropped, _LIMIT)
+                self._dropped = 0
+            if not spans:
+                return True
+            try:
+                line = encode_request(spans, self._process)
+                if self._descriptor is None:
+                    self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                _write_whole(self._descriptor, line)
+            except (OSError, ValueError, TypeError) as error:
+                tell(f"writing {len(spans)} spans to {self.path}", error)
+                return False
+            return True
+
+    def shutdown(self) -> None:
+        """Write what is queued and close the file."""
+        self._stopped = True
+        self._wake.set()
+        self.force_flush()
+        with self._write_lock:
+            if self._descriptor is not None:
+                os.close(self._descriptor)
+                self._descriptor = None
+        _files.discard(self)
+
+    def after_fork(self) -> None:
+        """In a forked child: what is queued and the open file belong to the parent."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+        self._begin()
+
+
+_files: Final[weakref.WeakSet[TraceFile]] = weakref.WeakSet()
+
+
+def flush_all() -> None:
+    """Write what every trace file of this process has queued."""
+    for file in list(_files):
+        file.force_flush()
+
+
+def _after_fork_in_child() -> None:
+    for file in list(_files):
+        file.after_fork()
+    # Children of multiprocessing leave through os._exit and run no atexit functions, only these.
+    finalizers = sys.modules.get("multiprocessing.util")
+    if finalizers is not None:
+        finalizers.register_after_fork(flush_all, _flush_at_exit_of_child)
+
+
+def _flush_at_exit_of_child(flush: Any) -> None:
+    from multiprocessing.util import Finalize
+
+    Finalize(None, flush, exitpriority=0)
+
+
+atexit.register(flush_all)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def _write_whole(descriptor: int, line: bytes) -> None:
+    rest = memoryview(line)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
+def encode_request(spans: Sequence[ReadableSpan], process: Mapping[str, str | int]) -> bytes:
+    """One `ExportTraceServiceRequest` as a line of OTLP/JSON; `process` is added to each resource."""
+    groups: dict[tuple[int, str], tuple[Resource, list[ReadableSpan]]] = {}
+    for span in spans:
+        scope = span.instrumentation_scope
+        group = groups.setdefault((id(span.resource), "" if scope is None else scope.name), (span.resource, []))
+        group[1].append(span)
+    resource_spans = []
+    for (_, scope_name), (resource, members) in groups.items():
+        version = members[0].instrumentation_scope.version if members[0].instrumentation_scope else None
+        resource_spans.append(
+            {
+                "resource": {"attributes": _attributes({**resource.attributes, **process})},
+                "scopeSpans": [
+                    {
+                        "scope": {"name": scope_name, "version": version or ""},
+                        "spans": [_span(span, whole=scope_name == SCOPE) for span in members],
+                    }
+                ],
+            }
+        )
+    return json.dumps({"resourceSpans": resource_spans}, separators=(",", ":")).encode() + b"\n"
+
+
+def _span(span: ReadableSpan, *, whole: bool) -> dict[str, Any]:
+    context = span.get_span_context()
+    if context is None:
+        raise ValueError("a span without an identity")
+    encoded: dict[str, Any] = {
+        "traceId": f"{context.trace_id:032x}",
+        "spanId": f"{context.span_id:016x}",
+        "name": span.name,
+        "kind": span.kind.value + 1,
+        "startTimeUnixNano": str(span.start_time),
+        "endTimeUnixNano": str(span.end_time),
+    }
+    if span.parent is not None:
+        encoded["parentSpanId"] = f"{span.parent.span_id:016x}"
+    if whole and span.attributes:
+        encoded["attributes"] = _attributes(span.attributes)
+    if span.status.status_code.value:
+        encoded["status"] = {"code": span.status.status_code.value}
+    return encoded
+
+
+def _attributes(attributes: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [{"key": key, "value": _value(value)} for key, value in attributes.items()]
+
+
+def _value(value: Any) -> dict[str, Any]:
+    if isinstance(value, str):
+        return {"stringValue": value}
+    if isinstance(value, bool):
+        return {"boolValue": value}
+    if isinstance(value, int):
+        return {"intValue": str(value)}
+    if isinstance(value, float):
+        return {"doubleValue": value}
+    if isinstance(value, Iterable):
+        return {"arrayValue": {"values": [_value(item) for item in value]}}
+    return {"stringValue": str(value)}
