@@ -1,0 +1,55 @@
+"""The demonstration from end to end, short: real frameworks, real processes, emulated devices."""
+
+import json
+
+import psutil
+
+from scepsy.demo.schedule import make_schedule
+from scepsy.files import load_plan
+
+
+def test_the_whole_loop(scepsy, tmp_path, monkeypatch):
+    monkeypatch.setenv("SCEPSY_HOME", str(tmp_path / "home"))
+    figures = tmp_path / "figures.json"
+    words = [
+        "--cluster",
+        "8xH100",
+        "--seconds",
+        "3",
+        "--rate",
+        "3",
+        "--seed",
+        "4",
+        "--directory",
+        tmp_path / "run",
+        "--json",
+        figures,
+    ]
+    code, out, err = scepsy("demo", *words)
+    assert code == 0, out + err
+    assert "mean latency in seconds" in out
+    assert "Next: scepsy optimize" in out
+    found = json.loads(figures.read_text())
+    assert found["failed"] == 0
+    expected = make_schedule(("beam_search", "retrieval", "research"), rate_rps=3, seconds=3, seed=4)
+    assert found["executions"] == sum(len(arrivals.at_s) for arrivals in expected.values())
+    plan = load_plan(tmp_path / "run" / "plan.yaml")
+    assert plan.prediction is not None
+    assert plan.prediction.lower_bound_s <= plan.prediction.latency_s
+    left = [process for process in psutil.Process().children(recursive=True) if process.status() != "zombie"]
+    assert left == []
+    # The command that it ends with works on what it has left.
+    command = next(line for line in out.splitlines() if line.startswith("Next: "))
+    code, out, err = scepsy(*command.split()[2:], "-o", tmp_path / "next.yaml")
+    assert code == 0, err
+
+
+def test_schedules_are_the_same_for_the_same_seed():
+    first = make_schedule(["a", "b"], rate_rps=5, seconds=20, seed=1)
+    assert first == make_schedule(["a", "b"], rate_rps=5, seconds=20, seed=1)
+    assert first != make_schedule(["a", "b"], rate_rps=5, seconds=20, seed=2)
+    questions = [question for arrivals in first.values() for question in arrivals.questions]
+    assert len(questions) == len(set(questions)) > 50
+    for arrivals in first.values():
+        assert list(arrivals.at_s) == sorted(arrivals.at_s)
+        assert all(0 < at_s < 20 for at_s in arrivals.at_s)
