@@ -18,13 +18,19 @@ BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CONTEXT_TOKENS = (256, 1024, 4096, 16384, 32768)
 PREFILL_TOKENS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 
-HOST_S = 0.0007
-"""What the engine's own work adds to a step: scheduling, input preparation, sampling, detokenisation.
+HOST_S = 0.0003
+"""What the engine's own work adds to every step where it is overlapped with the device's (vLLM 0.14 and newer).
 
-Kernel tables do not contain it. Against published vLLM 0.15-0.19 serving points at 4-8 concurrent requests and 8,192
-output tokens, where prefill hardly interferes, the median difference per step between measured time per output token
-and kernel time is 0.4-0.9 ms on H100 with tensor parallelism, where kernels are short enough to show it.
+Kernel tables do not contain it. The values here are those at which the published serving points of vLLM 0.15 to 0.19
+on H100, H200 and B200 are met without bias (benchmarks/profile_accuracy.py); vLLM 0.12, which does this work between
+the steps, needs 2.2 ms.
 """
+
+HOST_FLOOR_S = 0.002
+"""No step is shorter than the work of the scheduler for the next one, which is the same where it is overlapped."""
+
+REQUEST_S = 0.02
+"""Time to the first token beyond queue and prefill: HTTP, tokenising, and the way back. From the same points."""
 
 
 def estimate(
@@ -38,6 +44,7 @@ def estimate(
     max_num_batched_tokens: int = 8192,
     quantization: str | None = None,
     host_s: float = HOST_S,
+    request_s: float = REQUEST_S,
     date: str | None = None,
 ) -> LLMProfile:
     """The profile of a model on a device type, without running it.
@@ -62,13 +69,13 @@ def estimate(
         prefill_tokens=PREFILL_TOKENS,
         quantization=quantization,
     )
-    memory = max_num_seqs, max_num_batched_tokens
+    limits = max_num_seqs, max_num_batched_tokens, max(0.0, HOST_FLOOR_S - host_s)
     return LLMProfile(
         llm=llm or model,
         model=model,
         device_type=device,
         device_memory_gib=DEVICE_MEMORY_GIB[device],
-        steps=tuple(_step_times(size, found, checkpoint, shape, *memory) for size, found in sorted(kernels.items())),
+        steps=tuple(_step_times(size, found, checkpoint, shape, *limits) for size, found in sorted(kernels.items())),
         provenance=Provenance(
             source="estimate",
             tool=tool,
@@ -76,6 +83,7 @@ def estimate(
             date=date or datetime.now(UTC).date().isoformat(),
         ),
         host_s=host_s,
+        request_s=request_s,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=min(max_model_len, shape.max_position),
@@ -103,6 +111,7 @@ def _step_times(
     shape: ModelShape,
     max_num_seqs: int,
     max_num_batched_tokens: int,
+    floor_s: float,
 ) -> StepTimes:
     weights = weights_gib(shape, size)
     if checkpoint.weights_bytes is not None:
@@ -112,9 +121,9 @@ def _step_times(
         tensor_parallel_size=size,
         batch_sizes=BATCH_SIZES[: len(kernels.decode_s)],
         context_tokens=CONTEXT_TOKENS,
-        decode_s=tuple(tuple(rounded(value) for value in row) for row in kernels.decode_s),
+        decode_s=tuple(tuple(rounded(max(value, floor_s)) for value in row) for row in kernels.decode_s),
         prefill_tokens=PREFILL_TOKENS,
-        prefill_s=tuple(rounded(value) for value in kernels.prefill_s),
+        prefill_s=tuple(rounded(max(value, floor_s)) for value in kernels.prefill_s),
         weights_gib=round(weights, 2),
         overhead_gib=round(
             overhead_gib(shape, size, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens), 2
