@@ -150,10 +150,17 @@ class Replica:
         if not processes.port_is_free(self.spec.port):
             self.spec = self.spec.on_port(processes.free_ports(1)[0])
         spec = self.spec
-        process = await Shimmed.launch(spec.id, spec.argv, spec.env, log=self._log, grace_s=self._grace_s)
-        self._process = process
+        launch = asyncio.ensure_future(
+            Shimmed.launch(spec.id, spec.argv, spec.env, log=self._log, grace_s=self._grace_s)
+        )
+        try:
+            self._process = await asyncio.shield(launch)
+        except asyncio.CancelledError:
+            # Half a launch cannot be undone: only what is there can be ended.
+            self._process = await launch
+            raise
         self._on_change()
-        return process
+        return self._process
 
     async def _until_ready(self, process: Shimmed, deadline_s: float) -> None:
         """Alive, healthy, serving the right model, and the port's listener is our own."""

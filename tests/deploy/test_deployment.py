@@ -1,0 +1,376 @@
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import openai
+import pytest
+
+from scepsy.deploy import deploy, find, list_deployments, stop
+from scepsy_optimizer.errors import ScepsyError
+
+HELLO = [{"role": "user", "content": "hello there"}]
+
+
+@pytest.fixture
+def stub(home, make_plan, make_part, stub_command, monkeypatch, tmp_path):
+    """Deploy stub engines on two cores; `behave` says how they behave at their next start."""
+    behaviour = tmp_path / "behaviour"
+    behaviour.write_text("")
+    seen = tmp_path / "seen"
+    seen.mkdir()
+    monkeypatch.setenv("STUB_BEHAVIOUR", str(behaviour))
+    monkeypatch.setenv("STUB_SEEN", str(seen))
+    plan = make_plan(make_part("a", 0, 1), make_part("b", 1))
+
+    def start(**options):
+        return deploy(**{"plan": plan, "engine": "vllm-cpu", "command": stub_command, **options})
+
+    start.behave = behaviour.write_text
+    start.seen = lambda: [json.loads(path.read_text()) for path in sorted(seen.iterdir())]
+    return start
+
+
+def ask(deployment, model):
+    with openai.OpenAI(base_url=deployment.url, api_key="x", max_retries=0) as client:
+        return client.chat.completions.with_raw_response.create(model=model, messages=HELLO)
+
+
+def replicas(deployment):
+    return {replica.id: replica for replica in deployment.status().replicas}
+
+
+def test_emulators_behind_one_endpoint(home, make_profile, make_plan, make_part, process_table):
+    events = []
+    plan = make_plan(make_part("gen", 0, 1), make_part("ver/2", 2, fraction=0.5), cluster="2x2xH100")
+    plan = make_plan(make_part("gen", 0, 1), make_part("ver/2", 1, fraction=0.5, node="node1"), cluster="2x2xH100")
+    profiles = {name: make_profile(name) for name in ("gen", "ver/2")}
+    with deploy(plan, engine="emulator", profiles=profiles, on_event=events.append) as deployment:
+        assert deployment.url.startswith("http://127.0.0.1:")
+        with openai.OpenAI(base_url=deployment.url, api_key="x", max_retries=0) as client:
+            texts = {
+                (
+                    (
+                        answer := client.chat.completions.with_raw_response.create(
+                            model="gen", messages=HELLO, max_tokens=8
+                        )
+                    ).headers["x-scepsy-replica"],
+                    answer.parse().choices[0].message.content,
+                )
+                for _ in range(4)
+            }
+            chunks = client.chat.completions.create(model="ver/2", messages=HELLO, max_tokens=8, stream=True)
+            assert "".join(chunk.choices[0].delta.content for chunk in chunks).strip()
+        # Both replicas have answered, and the same.
+        assert {replica for replica, _ in texts} == {"gen-0", "gen-1"}
+        assert len({text for _, text in texts}) == 1
+        status = deployment.status()
+        assert (status.name, status.engine, status.ready, status.in_flight) == ("default", "emulator", True, 0)
+        assert {(one.id, one.phase, one.served) for one in status.replicas} == {
+            ("gen-0", "ready", 2),
+            ("gen-1", "ready", 2),
+            ("ver-2-0", "ready", 1),
+        }
+        assert [one.name for one in list_deployments()] == ["default"]
+        assert find().url == deployment.url
+        planned = (home / "deployments/default/profiles/0.yaml").read_text()
+        assert "max_num_seqs: 128" in planned  # as the plan says, not the profile
+    assert events[0] == "starting 3 replicas of 2 LLMs (emulator)"
+    assert sorted(event.split()[0] for event in events[1:]) == ["gen-0", "gen-1", "ver-2-0"]
+    assert process_table() == []
+    assert list_deployments() == ()
+    with pytest.raises(ScepsyError, match="has ended"):
+        deployment.status()
+    deployment.stop()
+
+
+def test_engines_get_what_the_plan_says(stub, home):
+    with stub(engine_args=["--dtype", "half"]) as deployment:
+        assert json.loads(ask(deployment, "b").content)["pid"] == replicas(deployment)["b-0"].pid
+    seen = stub.seen()
+    assert sorted(one["argv"][one["argv"].index("--served-model-name") + 1] for one in seen) == ["a", "a", "b"]
+    cores = sorted(os.sched_getaffinity(0))
+    assert sorted(one["env"]["VLLM_CPU_OMP_THREADS_BIND"] for one in seen) == sorted(
+        str(core) for core in (cores[0], cores[1], cores[1])
+    )
+    assert all(one["argv"][-2:] == ["--dtype", "half"] for one in seen)
+    folders = {one["env"]["TMPDIR"] for one in seen}
+    assert len(folders) == 3
+    assert not any(Path(folder).exists() for folder in folders)
+
+
+def test_replicas_of_one_device_start_one_after_another(stub):
+    order = []
+    with stub(on_event=order.append):
+        pass
+    # a-1 and b-0 share core 1: the second of them begins when the first is ready.
+    logs = find_logs(stub)
+    assert len(logs) == 3
+
+
+def find_logs(stub):
+    home = Path(os.environ["SCEPSY_HOME"])
+    return sorted((home / "deployments/default/logs").glob("[ab]-*.log"))
+
+
+def test_a_worker_that_dies_at_start(stub, home, process_table):
+    stub.behave("dies children")
+    with pytest.raises(ScepsyError, match=r"ended before it was ready \(exit code 3\)") as caught:
+        stub()
+    message = str(caught.value)
+    assert "Cause: ValueError: No available memory for the cache blocks." in message
+    assert message.endswith("noise 29")
+    assert "noise 5\n" not in message
+    assert process_table() == []
+    assert list_deployments() == ()
+
+
+@pytest.mark.parametrize("behaviour", ["hangs", "misnamed"])
+def test_a_worker_that_never_gets_ready(stub, behaviour):
+    stub.behave(behaviour)
+    with pytest.raises(ScepsyError, match=r"was not ready after 0\.8 s. Its last lines(.|\n)*loading the model"):
+        stub(start_timeout_s=0.8)
+
+
+def test_a_command_that_cannot_run(stub):
+    with pytest.raises(ScepsyError, match="cannot find '/nowhere/vllm' to start engines with"):
+        stub(command=["/nowhere/vllm", "serve"])
+
+
+def test_a_taken_port_is_named(stub, process_table):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ScepsyError, match=f"port {port} on 127.0.0.1 is in use by process {os.getpid()}; end that"):
+            stub(port=port)
+        assert stub.seen() == []
+        assert process_table() == []
+    with stub(port=port) as deployment:
+        assert deployment.url == f"http://127.0.0.1:{port}/v1"
+
+
+def test_an_engines_port_that_was_taken_meanwhile(stub, monkeypatch):
+    """The readiness of another server on the port is not the engine's: the replica moves."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setattr("scepsy.deploy.processes.free_ports", lambda count: [port, port + 1, port + 2][:count])
+        with stub() as deployment:
+            assert replicas(deployment)["a-0"].url != f"http://127.0.0.1:{port}"
+
+
+def test_an_end_unasked_is_repaired(stub, wait):
+    events = []
+    with stub(on_event=events.append) as deployment:
+        before = replicas(deployment)["b-0"]
+        os.kill(before.pid, signal.SIGKILL)
+        after = wait(lambda: (one := replicas(deployment)["b-0"]).phase == "ready" and one.restarts == 1 and one)
+        assert after.pid != before.pid
+        assert after.last_error == "ended unasked (killed by SIGKILL, as the kernel does when memory runs out)"
+        assert json.loads(ask(deployment, "b").content)["pid"] == after.pid
+    assert f"b-0 {after.last_error}; starting it again" in events
+
+
+def test_a_death_in_the_middle_of_load_loses_nothing_that_another_can_answer(stub, wait):
+    with stub() as deployment:
+        victim = replicas(deployment)["a-0"].pid
+        for number in range(20):
+            if number == 5:
+                os.kill(victim, signal.SIGKILL)
+            assert ask(deployment, "a").status_code == 200
+
+
+def test_all_replicas_dead(stub, wait):
+    with stub() as deployment:
+        stub.behave("hangs")
+        os.kill(replicas(deployment)["b-0"].pid, signal.SIGKILL)
+        with pytest.raises(openai.InternalServerError) as caught:
+            ask(deployment, "b")
+        assert caught.value.status_code == 503
+        assert caught.value.response.headers["Retry-After"] == "2"
+        assert ask(deployment, "a").status_code == 200
+
+
+def test_a_stubborn_engine_is_killed_after_the_grace(stub, monkeypatch, process_table):
+    monkeypatch.setattr("scepsy.deploy.deployment._GRACE_S", 0.3)
+    stub.behave("stubborn children")
+    deployment = stub()
+    assert len(process_table()) == 1 + 3 * 4  # the controller; each a shim, an engine, its two children
+    deployment.stop()
+    assert process_table() == []
+
+
+def test_a_killed_controller_leaves_nothing(stub, process_table, wait):
+    stub.behave("children")
+    deployment = stub()
+    os.kill(deployment.status().pid, signal.SIGKILL)
+    wait(lambda: process_table() == [])
+    with pytest.raises(ScepsyError, match="'default' had ended unasked; what it left is ended now"):
+        find()
+    deployment.stop()
+    # The name is free again, the logs of the old one are gone.
+    with stub():
+        pass
+
+
+def test_killed_shims_and_controller_leave_nothing_after_the_next_look(stub, process_table, wait):
+    stub.behave("stubborn")
+    deployment = stub()
+    pid = deployment.status().pid
+    os.kill(pid, signal.SIGSTOP)  # it shall not see its shims die
+    for shim, command in process_table():
+        if "shim.py" in command:
+            os.kill(shim, signal.SIGKILL)
+    os.kill(pid, signal.SIGKILL)
+    assert list_deployments() == ()
+    assert process_table() == []
+    deployment.stop()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_dead_parent_leaves_nothing(home, stub_command, process_table, wait, tmp_path, number, monkeypatch):
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import sys, time\n"
+        "from scepsy.deploy import deploy\n"
+        "from scepsy.files import load_plan\n"
+        "deployment = deploy(load_plan(sys.argv[1]), engine='vllm-cpu', command=sys.argv[2:])\n"
+        "print(deployment.url, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    from scepsy.files import save_plan
+
+    save_plan(_plan_of_one(), tmp_path / "plan.yaml")
+    monkeypatch.setenv("SCEPSY_HOME", str(home))
+    with subprocess.Popen(
+        [sys.executable, script, tmp_path / "plan.yaml", *stub_command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as parent:
+        assert parent.stdout.readline().startswith(b"http://127.0.0.1:")
+        assert len(process_table()) == 4  # parent, controller, shim, engine
+        parent.send_signal(number)
+    wait(lambda: process_table() == [])
+    wait(lambda: list_deployments() == ())
+
+
+def test_a_parent_that_dies_during_the_start_leaves_nothing(
+    home, stub_command, process_table, wait, tmp_path, monkeypatch
+):
+    from scepsy.files import save_plan
+
+    (tmp_path / "behaviour").write_text("hangs")
+    monkeypatch.setenv("STUB_BEHAVIOUR", str(tmp_path / "behaviour"))
+    save_plan(_plan_of_one(), tmp_path / "plan.yaml")
+    code = (
+        "import sys\nfrom scepsy.deploy import deploy\nfrom scepsy.files import load_plan\n"
+        "deploy(load_plan(sys.argv[1]), engine='vllm-cpu', command=sys.argv[2:], detach=True)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path / "plan.yaml", *stub_command]) as parent:
+        wait(lambda: len(process_table()) == 4)
+        parent.kill()
+    wait(lambda: process_table() == [])
+
+
+def test_detached_it_outlives_its_parent_and_is_stopped_by_name(home, stub_command, process_table, tmp_path):
+    from scepsy.files import save_plan
+
+    save_plan(_plan_of_one(), tmp_path / "plan.yaml")
+    code = (
+        "import sys\nfrom scepsy.deploy import deploy\nfrom scepsy.files import load_plan\n"
+        "print(deploy(load_plan(sys.argv[1]), engine='vllm-cpu', command=sys.argv[2:], detach=True, name='d').url)\n"
+    )
+    parent = [sys.executable, "-W", "error", "-c", code, tmp_path / "plan.yaml", *stub_command]
+    shown = subprocess.run(parent, capture_output=True, text=True, check=True)
+    assert shown.stderr == ""
+    deployment = find("d")
+    assert deployment.url == shown.stdout.strip()
+    assert json.loads(ask(deployment, "a").content)["pid"] == replicas(deployment)["a-0"].pid
+    with pytest.raises(ScepsyError, match=r"a deployment 'd' is running; end it with `scepsy stop d`"):
+        deploy(_plan_of_one(), engine="vllm-cpu", command=stub_command, name="d")
+    assert find("d").status().ready
+    stop("d")
+    assert process_table() == []
+    with pytest.raises(ScepsyError, match=r"no deployment 'd' is running \(running: none\)"):
+        stop("d")
+
+
+def test_what_cannot_be_deployed_is_refused_before_anything_starts(
+    home, make_plan, make_part, make_profile, process_table, monkeypatch
+):
+    gpus = make_plan(make_part("a", 0), cluster="1xH100")
+    for options, message in (
+        ({"engine": "vllm"}, "engine 'vllm' needs NVIDIA GPUs"),
+        ({"engine": "other"}, "engine 'other': use one of vllm, vllm-cpu, emulator"),
+        ({"engine": "emulator"}, "needs a profile of each LLM, and there is none of 'a'"),
+        ({"engine": "emulator", "name": "../x"}, r"deployment name '\.\./x'"),
+        ({"engine": "vllm", "plan": make_plan(make_part("a", 0), cluster="2x8xH100")}, "the plan has 2 nodes"),
+        ({"engine": "emulator", "plan": make_plan(cluster="1xH100")}, "the plan has no LLMs"),
+        ({"engine": "emulator", "profiles": {"a": make_profile("a", device_memory_gib=1.0)}}, "'a' does not fit into"),
+        ({"engine": "emulator", "profiles": {"a": make_profile("a")}, "host": "192.0.2.1"}, "cannot listen on 192.0.2"),
+    ):
+        with pytest.raises(ScepsyError, match=message):
+            deploy(**{"plan": gpus, **options})
+    monkeypatch.setenv("SCEPSY_HOME", "/proc/none")
+    with pytest.raises(ScepsyError, match="/proc/none/deployments/default: cannot be written"):
+        deploy(gpus, engine="emulator")
+    assert process_table() == []
+
+
+def test_gpu_engines_under_mps(home, make_plan, make_part, tmp_path, monkeypatch, wait, process_table):
+    """The path for GPUs with its tools replaced: UUIDs, MPS daemon before and after the engines, shares, memory."""
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path / "no-daemon"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    seen = tmp_path / "seen"
+    seen.mkdir()
+    monkeypatch.setenv("STUB_SEEN", str(seen))
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    stub_file = Path(__file__).with_name("stub_engine.py")
+    for name, script in {
+        "nvidia-smi": "printf '0, GPU-a, NVIDIA H100\\n1, GPU-b, NVIDIA H100\\n'",
+        "nvidia-cuda-mps-control": '[ "$1" = -f ] && touch "$CUDA_MPS_PIPE_DIRECTORY/control" && exec sleep 600',
+        "vllm": f'[ "$1" = serve ] && exec {sys.executable} {stub_file} "$@"',
+    }.items():
+        (tools / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    plan = make_plan(make_part("a", 0, fraction=0.5), make_part("b", 0, fraction=0.5), cluster="2xH100")
+    with deploy(plan) as deployment:
+        assert any("sleep 600" in command for _, command in process_table())
+        assert ask(deployment, "a").status_code == 200
+    engines = [json.loads(path.read_text()) for path in seen.iterdir()]
+    assert [one["argv"][:2] for one in sorted(engines, key=lambda one: one["argv"][1])] == [
+        ["serve", "models/a"],
+        ["serve", "models/b"],
+    ]
+    assert {one["env"]["CUDA_VISIBLE_DEVICES"] for one in engines} == {"GPU-a"}
+    assert {one["env"]["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] for one in engines} == {"50"}
+    (pipes,) = {one["env"]["CUDA_MPS_PIPE_DIRECTORY"] for one in engines}
+    assert not Path(pipes).exists()
+    # One after another: the second engine's log begins after the first was ready.
+    (home / "deployments/default/logs/mps.log").read_text()
+
+
+def _plan_of_one():
+    from scepsy_optimizer.cluster import parse_cluster
+    from scepsy_optimizer.plan import LLMPlan, Plan, Slot
+
+    part = LLMPlan(
+        llm="a",
+        model="models/a",
+        tensor_parallel_size=1,
+        fraction=1.0,
+        replicas=1,
+        slots=(Slot(node="node0", devices=(0,)),),
+        max_num_seqs=8,
+        max_num_batched_tokens=256,
+        max_model_len=256,
+        gpu_memory_utilization=0.9,
+    )
+    return Plan(cluster=parse_cluster("1xCPU"), rate_rps=1.0, llms=(part,))
