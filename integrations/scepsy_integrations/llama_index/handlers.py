@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import inspect
 import sys
+import weakref
 from collections import OrderedDict
 from typing import Any, Final
 
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.base.llms.base import BaseLLM
+from llama_index.core.base.response.schema import AsyncStreamingResponse, StreamingResponse
 from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined] # it is public all the same
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.instrumentation.events.embedding import EmbeddingEndEvent, EmbeddingStartEvent
@@ -29,12 +31,30 @@ from llama_index.core.instrumentation.events.llm import (
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
 from llama_index.core.instrumentation.span import BaseSpan, active_span_id
 from llama_index.core.instrumentation.span_handlers import BaseSpanHandler
+from llama_index.core.node_parser.interface import NodeParser
 
 from scepsy import semconv
-from scepsy.capture import Handle, Outcome, end_call, guard_task, harmless, how_ended, muted, recorder, settle_task
+from scepsy.capture import (
+    Frame,
+    Handle,
+    Outcome,
+    async_generator_steps,
+    end_call,
+    generator_steps,
+    guard_task,
+    harmless,
+    how_ended,
+    muted,
+    now_ns,
+    recorder,
+    settle_task,
+)
 
 _UUID_LENGTH: Final = 36
 _LIMIT: Final = 100_000
+
+_TRANSPARENT: Final = (BaseLLM, BaseEmbedding, NodeParser)
+"""Models and embeddings are told by their events; parsers of text call nothing."""
 
 _passed: Final[OrderedDict[str, Handle | None]] = OrderedDict()
 """Dispatcher spans without a span of their own, and the handle above each."""
@@ -65,7 +85,7 @@ class ScepsySpanHandler(BaseSpanHandler[BaseSpan]):
         """A dispatcher span begins."""
         if muted() or id_ in recorder.open:
             return
-        if isinstance(instance, (BaseLLM, BaseEmbedding)):
+        if isinstance(instance, _TRANSPARENT):
             _bounded(_passed, id_, _first_open(parent_id) or _above(parent_id))
             return
         above = _above(parent_id)
@@ -76,7 +96,10 @@ class ScepsySpanHandler(BaseSpanHandler[BaseSpan]):
             kind = semconv.KIND_WORKFLOW
         title = name if kind == semconv.KIND_STEP else role
         handle = recorder.start_below(parent, outer, kind, title, key=id_)
-        handle.role = role
+        if not role.endswith("Program") or parent is None:  # a way to call a model, not a reason to
+            handle.role = role
+        elif parent is not None:
+            handle.role = parent.role
 
     @harmless
     def span_exit(
@@ -88,11 +111,11 @@ class ScepsySpanHandler(BaseSpanHandler[BaseSpan]):
         **kwargs: Any,
     ) -> None:
         """A dispatcher span has ended; a stream that it returns has not even begun."""
+        _passed.pop(id_, None)
         handle = recorder.open.get(id_)
-        if handle is not None:
+        if handle is not None and not _continues(handle, result):
             settle_task(handle)
             handle.end(outcome=_cancelled.pop(id_, None))
-        _passed.pop(id_, None)
         for call in _calls.get(id_, ()):
             if call.live:
                 _bounded(_streams, id_, call)
@@ -167,6 +190,30 @@ class ScepsyEventHandler(BaseEventHandler):
 
 
 _cancelled: Final[OrderedDict[str, Outcome]] = OrderedDict()
+
+
+def _continues(handle: Handle, result: Any) -> bool:
+    """If the result is an answer still to be streamed, let the handle end with the stream, and run it below the handle.
+
+    LlamaIndex calls the model only when the stream is read, after the query that it belongs to has returned.
+    """
+    if not isinstance(result, (StreamingResponse, AsyncStreamingResponse)):
+        return False
+    frame = _frames.get(result.response_gen)
+    if frame is not None:  # the same answer, returned through another level
+        frame.handles.append(handle)
+        return True
+    source: Any = result.response_gen
+    frame = Frame(handle)
+    frame.left_ns = now_ns()
+    steps: Any = async_generator_steps if isinstance(result, AsyncStreamingResponse) else generator_steps
+    result.response_gen = steps(lambda: (frame, source))()
+    _frames[result.response_gen] = frame
+    weakref.finalize(result.response_gen, frame.end, GeneratorExit())  # in case that nobody ever reads it
+    return True
+
+
+_frames: Final[weakref.WeakKeyDictionary[Any, Frame]] = weakref.WeakKeyDictionary()
 
 
 def _kind_and_role(name: str, instance: Any) -> tuple[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from scepsy.capture.context import ContextThreadPoolExecutor, propagate
 from scepsy.capture.decorators import agent, tool, workflow
 from scepsy.capture.exchange import Exchange, end_call
+from scepsy.capture.frame import Frame, async_generator_steps, generator_steps
 from scepsy.capture.instrumentation import flush, instrument, uninstrument
 from scepsy.capture.recorder import Handle, Outcome, Recorder, attach, detach, how_ended, muted, now_ns, recorder
 from scepsy.capture.safety import harmless
@@ -13,14 +14,17 @@ from scepsy.capture.tasks import guard_task, settle_task
 __all__ = [
     "ContextThreadPoolExecutor",
     "Exchange",
+    "Frame",
     "Handle",
     "Outcome",
     "Recorder",
     "agent",
+    "async_generator_steps",
     "attach",
     "detach",
     "end_call",
     "flush",
+    "generator_steps",
     "guard_task",
     "harmless",
     "how_ended",

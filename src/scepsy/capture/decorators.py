@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine
 from typing import Any, Final, Protocol, TypeVar, overload
 
-from opentelemetry import context as context_api
-
 from scepsy import semconv
-from scepsy.capture.recorder import Handle, Outcome, attach, detach, how_ended, now_ns, recorder
-from scepsy.capture.safety import tell
-from scepsy.capture.tasks import settle_task
+from scepsy.capture.frame import Frame, async_generator_steps, generator_steps
+from scepsy.capture.recorder import Handle, recorder
+from scepsy.capture.safety import harmless
 from scepsy_optimizer.errors import ScepsyError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -53,69 +51,22 @@ def _wrap(kind: str, function: Any, name: str | None) -> Any:
             "below any decorator that turns the function into an object"
         )
     called = name or getattr(function, "__name__", None) or type(function).__name__
-    if inspect.isasyncgenfunction(function):
-        return _wrap_async_generator(kind, function, called)
-    if inspect.isgeneratorfunction(function):
+    if inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
         return _wrap_generator(kind, function, called)
     if inspect.iscoroutinefunction(function):
         return _wrap_async(kind, function, called)
     return _wrap_plain(kind, function, called)
 
 
-class _Frame:
-    """A handle and the OpenTelemetry context of the code below it, entered for as long as that code runs.
-
-    A generator's code runs in steps, each possibly in another task or thread: what it left in the context at the end of
-    one step is put back at the start of the next, and taken away from its consumer in between.
-    """
-
-    __slots__ = ("_resumed", "_token", "handle", "left_ns")
-
-    def __init__(self, kind: str, name: str) -> None:
-        self.handle: Handle | None = None
-        self._token: object | None = None
-        self._resumed: context_api.Context | None = None
-        self.left_ns: int | None = None
-        try:
-            self.handle = recorder.start(kind, name)
-        except Exception as error:  # noqa: BLE001 - the program goes on without its span
-            tell(f"@scepsy.{kind}", error)
-
-    def enter(self) -> None:
-        if self.handle is None:
-            return
-        try:
-            self._token = attach(self.handle) if self._resumed is None else context_api.attach(self._resumed)
-        except Exception as error:  # noqa: BLE001 - as above
-            tell("entering a span", error)
-
-    def leave(self) -> None:
-        if self._token is not None:
-            detach(self._token)
-            self._token = None
-
-    def suspend(self) -> None:
-        self._resumed = context_api.get_current()
-        self.left_ns = now_ns()
-        self.leave()
-
-    def end(self, error: BaseException | None = None) -> None:
-        self.leave()
-        if self.handle is None:
-            return
-        try:
-            settle_task(self.handle)
-            outcome = how_ended(error)
-            end_ns = self.left_ns if outcome is Outcome.ABANDONED else None
-            self.handle.end(error=error, outcome=outcome, end_ns=end_ns)
-        except Exception as failure:  # noqa: BLE001 - as above
-            tell("ending a span", failure)
+@harmless
+def _start(kind: str, name: str) -> Handle:
+    return recorder.start(kind, name)
 
 
 def _wrap_plain(kind: str, function: Callable[..., Any], name: str) -> Callable[..., Any]:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        frame = _Frame(kind, name)
+        frame = Frame(_start(kind, name))
         frame.enter()
         try:
             result = function(*args, **kwargs)
@@ -131,7 +82,7 @@ def _wrap_plain(kind: str, function: Callable[..., Any], name: str) -> Callable[
     return run
 
 
-async def _finish(frame: _Frame, running: Coroutine[Any, Any, Any]) -> Any:
+async def _finish(frame: Frame, running: Coroutine[Any, Any, Any]) -> Any:
     """The rest of a plain function that turned out to return a coroutine."""
     frame.enter()
     try:
@@ -146,7 +97,7 @@ async def _finish(frame: _Frame, running: Coroutine[Any, Any, Any]) -> Any:
 def _wrap_async(kind: str, function: Callable[..., Any], name: str) -> Callable[..., Any]:
     @functools.wraps(function)
     async def run(*args: Any, **kwargs: Any) -> Any:
-        frame = _Frame(kind, name)
+        frame = Frame(_start(kind, name))
         frame.enter()
         try:
             result = await function(*args, **kwargs)
@@ -159,66 +110,10 @@ def _wrap_async(kind: str, function: Callable[..., Any], name: str) -> Callable[
     return run
 
 
-def _wrap_generator(kind: str, function: Callable[..., Generator[Any, Any, Any]], name: str) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
-        frame = _Frame(kind, name)
-        frame.enter()
-        try:
-            generator = function(*args, **kwargs)
-            item = next(generator)
-            while True:
-                frame.suspend()
-                try:
-                    sent = yield item
-                except GeneratorExit:
-                    frame.enter()
-                    generator.close()
-                    raise
-                except BaseException as thrown:  # noqa: BLE001 - it belongs to the generator
-                    frame.enter()
-                    item = generator.throw(thrown)
-                else:
-                    frame.enter()
-                    item = generator.send(sent)
-        except StopIteration as stop:
-            frame.end()
-            return stop.value
-        except BaseException as error:
-            frame.end(error)
-            raise
+def _wrap_generator(kind: str, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    def begin(*args: Any, **kwargs: Any) -> tuple[Frame, Any]:
+        generator = function(*args, **kwargs)
+        return Frame(_start(kind, name)), generator
 
-    return run
-
-
-def _wrap_async_generator(
-    kind: str, function: Callable[..., AsyncGenerator[Any, Any]], name: str
-) -> Callable[..., Any]:
-    @functools.wraps(function)
-    async def run(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
-        frame = _Frame(kind, name)
-        frame.enter()
-        try:
-            generator = function(*args, **kwargs)
-            item = await anext(generator)
-            while True:
-                frame.suspend()
-                try:
-                    sent = yield item
-                except GeneratorExit:
-                    frame.enter()
-                    await generator.aclose()
-                    raise
-                except BaseException as thrown:  # noqa: BLE001 - it belongs to the generator
-                    frame.enter()
-                    item = await generator.athrow(thrown)
-                else:
-                    frame.enter()
-                    item = await generator.asend(sent)
-        except StopAsyncIteration:
-            frame.end()
-        except BaseException as error:
-            frame.end(error)
-            raise
-
-    return run
+    steps = async_generator_steps(begin) if inspect.isasyncgenfunction(function) else generator_steps(begin)
+    return functools.wraps(function)(steps)

@@ -55,6 +55,7 @@ class Exchange:
             if around.accepting:
                 exchange = cls(around, owned=False)
                 around.exchange = exchange
+                around.restart(f"{operation} {model}".rstrip(), exchange.start_ns)
             elif isinstance(earlier, cls) and earlier.failed and around.first_ns is None:
                 exchange = earlier
                 exchange.resume()

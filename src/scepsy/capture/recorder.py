@@ -139,6 +139,12 @@ class Handle:
         self.attributes = {semconv.KIND: semconv.KIND_STEP}
         return True
 
+    def restart(self, name: str, start_ns: int) -> None:
+        """Its request goes out only now, under this name: what came before was the framework's preparation."""
+        if self._span is None:
+            self.name = name
+            self.start_ns = start_ns
+
     @contextmanager
     def current(self) -> Iterator[None]:
         """Make it the parent of what runs inside the block."""
@@ -231,9 +237,9 @@ class Recorder:
         best = _nearest_live(given)
         attached = context.get(_HANDLE_KEY)
         mine: Handle | None = attached if isinstance(attached, Handle) else None
-        found = _nearest_live(mine)
-        if found is not None and (best is None or found.start_ns > best.start_ns):
-            best = found
+        # What is attached is around the caller even if it has ended: a task that outlives its workflow is still its.
+        if mine is not None and (best is None or mine.start_ns > best.start_ns):
+            best = mine
         for source in self.sources:
             if source is without:
                 continue
