@@ -2,10 +2,32 @@
 
 `deploy(plan)` starts every replica under a shim that leaves nothing behind, and a gateway that routes by model name to
 the least loaded replica. `find`, `stop` and `list_deployments` work from any process.
+
+Names are loaded on first use: the processes of a deployment need few of them.
 """
 
-from scepsy.deploy.deployment import Deployment, ReplicaStatus, Status, deploy, find, list_deployments, stop
-from scepsy.deploy.specs import ReplicaSpec, emulator_specs, vllm_cpu_specs, vllm_specs
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from scepsy.deploy.deployment import Deployment, ReplicaStatus, Status, deploy, find, list_deployments, stop
+    from scepsy.deploy.specs import ReplicaSpec, emulator_specs, vllm_cpu_specs, vllm_specs
+
+_HOMES = {
+    "Deployment": "deployment",
+    "ReplicaSpec": "specs",
+    "ReplicaStatus": "deployment",
+    "Status": "deployment",
+    "deploy": "deployment",
+    "emulator_specs": "specs",
+    "find": "deployment",
+    "list_deployments": "deployment",
+    "stop": "deployment",
+    "vllm_cpu_specs": "specs",
+    "vllm_specs": "specs",
+}
 
 __all__ = [
     "Deployment",
@@ -20,3 +42,10 @@ __all__ = [
     "vllm_cpu_specs",
     "vllm_specs",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"scepsy.deploy.{home}"), name)
