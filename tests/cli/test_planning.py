@@ -1,8 +1,6 @@
 """The main job as calls: what a program does instead of typing commands."""
 
-import json
-import urllib.request
-
+import openai
 import pytest
 
 from scepsy.files import save_cluster, save_profile
@@ -15,16 +13,13 @@ from scepsy_optimizer.profile import PROPORTIONAL
 def test_optimize_and_deploy_ends_with_an_endpoint(traces, tmp_path, monkeypatch):
     monkeypatch.setenv("SCEPSY_HOME", str(tmp_path / "home"))
     with optimize_and_deploy(traces, cluster="2xH100", rate=1.0, engine="emulator", name="api") as deployment:
-        question = {"model": "writer", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
-        request = urllib.request.Request(
-            f"{deployment.url}/chat/completions",
-            data=json.dumps(question).encode(),
-            headers={"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            content = json.loads(answer.read())
-        assert content["model"] == "writer"
-        assert 1 <= content["usage"]["completion_tokens"] <= 4
+        with openai.OpenAI(base_url=deployment.url, api_key="none") as client:
+            answer = client.chat.completions.create(
+                model="writer", messages=[{"role": "user", "content": "Hello"}], max_tokens=4
+            )
+        assert answer.model == "writer"
+        assert answer.usage is not None
+        assert 1 <= answer.usage.completion_tokens <= 4
         status = deployment.status()
         assert {replica.llm for replica in status.replicas} == {"generator", "writer"}
     with pytest.raises(ScepsyError, match="has ended"):
