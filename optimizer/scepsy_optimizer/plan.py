@@ -49,12 +49,27 @@ class LLMPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReplayedLatency:
+    """Latency of an execution when the traced executions are replayed on the plan: mean and percentiles.
+
+    `executions` is the number that they are taken over.
+    """
+
+    mean_s: float
+    p50_s: float
+    p95_s: float
+    p99_s: float
+    executions: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
     """What the plan is expected to give at its rate.
 
     `lower_bound_s` is a proven bound on the mean latency of every allocation of this cluster under the same model, and
     `gap` the relative distance of `latency_s` to it. `max_rate_rps` is the rate at which the bottleneck reaches the
-    highest utilisation that is planned for. `tool_s` is the part of the latency that no LLM spends.
+    highest utilisation that is planned for. `tool_s` is the part of the latency that no LLM spends. `replayed` is what
+    a replay of the plan gave, where one was made: it has the queues and bursts that the closed form only approximates.
     """
 
     latency_s: float
@@ -64,6 +79,7 @@ class Prediction:
     gap: float
     tool_s: float
     workflow_latency_s: Mapping[str, float] = field(default_factory=dict)
+    replayed: ReplayedLatency | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,12 +38,29 @@ _GAME_ROUNDS = 2000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Allocation:
-    """The options found, the mean latency they give, and a proven lower bound on that of any allocation."""
+class Candidate:
+    """An option for each LLM, and the mean latency that they give together."""
 
     options: Mapping[str, Option]
     latency_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allocation:
+    """The candidates that the search met, best first, and a proven lower bound on the latency of any allocation."""
+
+    candidates: tuple[Candidate, ...]
     lower_bound_s: float
+
+    @property
+    def options(self) -> Mapping[str, Option]:
+        """The options of the best candidate."""
+        return self.candidates[0].options
+
+    @property
+    def latency_s(self) -> float:
+        """The mean latency of the best candidate."""
+        return self.candidates[0].latency_s
 
 
 def find_allocation(
@@ -75,7 +92,7 @@ def find_allocation(
     pipelines = [build_pipeline(workload)]
     pipeline = pipelines[0]
     bound_s = 0.0
-    best: tuple[float, dict[str, Option]] | None = None
+    met: list[Candidate] = []
     speeds: dict[tuple[Choice, ...], dict[str, CallSpeed]] = {}
     idle = 0
     for _ in range(_MAX_CUTS):
@@ -90,18 +107,19 @@ def find_allocation(
         if new:
             speeds[key] = {llm: option.speed for llm, option in chosen.items()}
             pipelines.append(build_pipeline(workload, speeds[key]))
-            if best is None or pipelines[-1].built_latency_s < best[0]:
-                best = (pipelines[-1].built_latency_s, chosen)
+            latency_s = pipelines[-1].built_latency_s
+            if all(latency_s < candidate.latency_s for candidate in met):
                 idle = 0
-        if best is None or bound_s >= best[0] * (1 - _GAP_GOAL) or idle >= _MAX_IDLE:
+            met.append(Candidate(options=chosen, latency_s=latency_s))
+            met.sort(key=lambda candidate: candidate.latency_s)
+        if bound_s >= met[0].latency_s * (1 - _GAP_GOAL) or idle >= _MAX_IDLE:
             break
         if new and idle == 0:
             pipeline = pipelines[-1]
         else:
             values = np.array([[cut.latency_s(speed) for speed in speeds.values()] for cut in pipelines])
             pipeline = _blend(pipelines, _maximin(values))
-    assert best is not None  # noqa: S101 - the first allocation found is new
-    return Allocation(options=best[1], latency_s=best[0], lower_bound_s=min(bound_s, best[0]))
+    return Allocation(candidates=tuple(met), lower_bound_s=min(bound_s, met[0].latency_s))
 
 
 def _maximin(values: Floats) -> Floats:

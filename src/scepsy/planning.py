@@ -100,6 +100,7 @@ def _plan(
         resolved,
         rate_rps=sum(rate.values()) if isinstance(rate, Mapping) else rate,
         max_utilisation=max_utilisation,
+        replay_seed=0,
         provenance=provenance(found, None if isinstance(traces, Workload) else traces),
     )
     return plan, found

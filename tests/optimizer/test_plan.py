@@ -1,6 +1,7 @@
 from dataclasses import replace
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.placement import check_placement, place
 from scepsy_optimizer.plan import LLMPlan, Plan, Slot
 from scepsy_optimizer.planner import describe_choices, hand_made_plan, optimize, plan_choices, predict
+from scepsy_optimizer.steady_state import replay_steady_state
 from scepsy_optimizer.workload import aggregate
 
 
@@ -124,6 +126,20 @@ def test_a_plan_can_be_placed_and_says_what_it_gives(workload, profiles):
     again = predict(workload, profiles, cluster, plan_choices(plan), rate_rps=3.0)
     assert again.prediction is not None
     assert again.prediction.latency_s == pytest.approx(prediction.latency_s)
+
+
+def test_a_replayed_plan_has_percentiles_near_its_prediction(workload, profiles):
+    cluster = parse_cluster("4xH100")
+    plan = optimize(workload, profiles, cluster, rate_rps=6.0, replay_seed=1)
+    prediction = plan.prediction
+    assert prediction is not None
+    assert prediction.replayed is not None
+    assert prediction.replayed.mean_s == pytest.approx(prediction.latency_s, rel=0.1)
+    assert prediction.replayed.p50_s <= prediction.replayed.p95_s <= prediction.replayed.p99_s
+    assert prediction.replayed.executions > 300
+    assert plan == optimize(workload, profiles, cluster, rate_rps=6.0, replay_seed=1)
+    rng = np.random.default_rng(1)
+    assert replay_steady_state(plan, profiles, workload, rng=rng, max_calls=100) is None
 
 
 def test_the_plan_is_at_least_as_good_as_an_even_split(workload, profiles):

@@ -102,7 +102,7 @@ def tell(
         failed=failed,
     )
     sources = provenance(profiles, stage.directory / "even")
-    plan = optimize(before, profiles, cluster, rate_rps=stage.rate_rps, provenance=sources)
+    plan = optimize(before, profiles, cluster, rate_rps=stage.rate_rps, provenance=sources, replay_seed=0)
     plan_file = stage.directory / "plan.yaml"
     save_plan(plan, plan_file)
     on_plan(plan)

@@ -94,6 +94,9 @@ def describe_prediction(plan: Plan) -> str:
         return "no prediction"
     words = f"predicted latency {prediction.latency_s:.2f} s, up to {prediction.max_rate_rps:.2f}/s"
     words += f" (bottleneck {prediction.bottleneck})"
+    if prediction.replayed is not None:
+        replayed = prediction.replayed
+        words += f"; replayed {replayed.mean_s:.2f} s, p50 {replayed.p50_s:.2f}, p95 {replayed.p95_s:.2f}"
     if prediction.lower_bound_s > 0:
         words += f"; no allocation is under {prediction.lower_bound_s:.2f} s (gap {prediction.gap:.1%})"
     return words
