@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
+from scepsy.capture import no_longer, when_imported
+
 if TYPE_CHECKING:
     from scepsy_integrations.langchain.handler import ScepsyCallbackHandler
 
@@ -14,30 +16,38 @@ __all__ = ["Instrumentor", "ScepsyCallbackHandler"]
 def __getattr__(name: str) -> Any:
     if name != "ScepsyCallbackHandler":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if not _installed():
+    if importlib.util.find_spec("langchain_core") is None:
         raise ImportError("ScepsyCallbackHandler needs LangChain: pip install 'scepsy[langchain]'")
     from scepsy_integrations.langchain.handler import ScepsyCallbackHandler
 
     return ScepsyCallbackHandler
 
 
-def _installed() -> bool:
-    return importlib.util.find_spec("langchain_core") is not None
+_MODULE = "langchain_core.tracers.context"
 
 
 class Instrumentor:
     """Gives every LangChain run of the process the handler, through LangChain's own hook for that."""
 
     def instrument(self, **_kwargs: Any) -> None:
-        """Turn it on, if LangChain is installed."""
-        if _installed():
-            from scepsy_integrations.langchain.handler import turn_on
-
-            turn_on()
+        """Turn it on, now or as soon as LangChain is imported."""
+        when_imported(_MODULE, _turn_on)
 
     def uninstrument(self, **_kwargs: Any) -> None:
         """Turn it off."""
-        if _installed():
+        no_longer(_MODULE, _turn_on)
+        if _on:
             from scepsy_integrations.langchain.handler import turn_off
 
             turn_off()
+            _on.clear()
+
+
+_on: list[bool] = []
+
+
+def _turn_on() -> None:
+    from scepsy_integrations.langchain.handler import turn_on
+
+    turn_on()
+    _on.append(True)

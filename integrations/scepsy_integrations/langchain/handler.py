@@ -11,14 +11,16 @@ import asyncio
 import sys
 from collections import OrderedDict
 from contextvars import ContextVar
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
 from langchain_core.callbacks import BaseCallbackHandler
-from langchain_core.outputs import LLMResult
 from langchain_core.runnables.config import var_child_runnable_config
 from langchain_core.tracers import context as tracing
 from langchain_core.tracers.context import register_configure_hook
+
+if TYPE_CHECKING:
+    from langchain_core.outputs import LLMResult
 
 from scepsy import semconv
 from scepsy.capture import Handle, end_call, guard_task, harmless, how_ended, muted, recorder, settle_task

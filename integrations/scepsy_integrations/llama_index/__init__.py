@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
+
+from scepsy.capture import no_longer, when_imported
 
 __all__ = ["Instrumentor"]
 
-
-def _installed() -> bool:
-    return importlib.util.find_spec("llama_index") is not None and (
-        importlib.util.find_spec("llama_index.core") is not None
-    )
+_MODULE = "llama_index_instrumentation"
 
 
 class Instrumentor:
     """Listens to LlamaIndex's own instrumentation; nothing of it is patched."""
 
     def instrument(self, **_kwargs: Any) -> None:
-        """Turn it on, if LlamaIndex is installed."""
-        if _installed():
-            from scepsy_integrations.llama_index.handlers import turn_on
-
-            turn_on()
+        """Turn it on, now or as soon as LlamaIndex is imported."""
+        when_imported(_MODULE, _turn_on)
 
     def uninstrument(self, **_kwargs: Any) -> None:
         """Turn it off."""
-        if _installed():
+        no_longer(_MODULE, _turn_on)
+        if _on:
             from scepsy_integrations.llama_index.handlers import turn_off
 
             turn_off()
+            _on.clear()
+
+
+_on: list[bool] = []
+
+
+def _turn_on() -> None:
+    from scepsy_integrations.llama_index.handlers import turn_on
+
+    turn_on()
+    _on.append(True)

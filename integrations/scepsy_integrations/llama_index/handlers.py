@@ -7,31 +7,18 @@ stream ends when the generator is returned. A call runs from its start event to 
 # ruff: noqa: ARG002 - LlamaIndex fixes the signatures
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any, Final
 
-from llama_index.core.base.embeddings.base import BaseEmbedding
-from llama_index.core.base.llms.base import BaseLLM
-from llama_index.core.base.response.schema import AsyncStreamingResponse, StreamingResponse
-from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined] # it is public all the same
-from llama_index.core.instrumentation.event_handlers import BaseEventHandler
-from llama_index.core.instrumentation.events.embedding import EmbeddingEndEvent, EmbeddingStartEvent
-from llama_index.core.instrumentation.events.exception import ExceptionEvent
-from llama_index.core.instrumentation.events.llm import (
-    LLMChatEndEvent,
-    LLMChatInProgressEvent,
-    LLMChatStartEvent,
-    LLMCompletionEndEvent,
-    LLMCompletionInProgressEvent,
-    LLMCompletionStartEvent,
-)
-from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
-from llama_index.core.instrumentation.span import BaseSpan, active_span_id
-from llama_index.core.instrumentation.span_handlers import BaseSpanHandler
-from llama_index.core.node_parser.interface import NodeParser
+from llama_index_instrumentation import get_dispatcher
+from llama_index_instrumentation.event_handlers import BaseEventHandler
+from llama_index_instrumentation.span import BaseSpan, active_span_id
+from llama_index_instrumentation.span_handlers import BaseSpanHandler
 
 from scepsy import semconv
 from scepsy.capture import (
@@ -53,7 +40,7 @@ from scepsy.capture import (
 _UUID_LENGTH: Final = 36
 _LIMIT: Final = 100_000
 
-_TRANSPARENT: Final = (BaseLLM, BaseEmbedding, NodeParser)
+_TRANSPARENT: Final = frozenset({"BaseLLM", "BaseEmbedding", "NodeParser"})
 """Models and embeddings are told by their events; parsers of text call nothing."""
 
 _passed: Final[OrderedDict[str, Handle | None]] = OrderedDict()
@@ -85,13 +72,14 @@ class ScepsySpanHandler(BaseSpanHandler[BaseSpan]):
         """A dispatcher span begins."""
         if muted() or id_ in recorder.open:
             return
-        if isinstance(instance, _TRANSPARENT):
+        ancestry = _ancestry(type(instance))
+        if not ancestry.isdisjoint(_TRANSPARENT):
             _bounded(_passed, id_, _first_open(parent_id) or _above(parent_id))
             return
         above = _above(parent_id)
         name = id_[: -_UUID_LENGTH - 1]
         parent, outer = recorder.around(above)
-        kind, role = _kind_and_role(name, instance)
+        kind, role = _kind_and_role(name, instance, ancestry)
         if parent is None and kind == semconv.KIND_STEP:
             kind = semconv.KIND_WORKFLOW
         title = name if kind == semconv.KIND_STEP else role
@@ -159,34 +147,63 @@ class ScepsyEventHandler(BaseEventHandler):
     @harmless
     def handle(self, event: Any, **kwargs: Any) -> None:
         """Something has happened."""
-        if isinstance(event, (LLMChatInProgressEvent, LLMCompletionInProgressEvent)):
-            call = _first_open(event.span_id)
-            if call is not None:
-                _streams.pop(event.span_id or "", None)
-                call.received()
-        elif isinstance(event, (LLMChatEndEvent, LLMCompletionEndEvent)):
-            call = _take(event.span_id)
-            if call is not None:
-                _describe(call, event.response)
-                end_call(call)
-        elif isinstance(event, LLMChatStartEvent):
-            _start_call(semconv.CHAT, event.span_id, event.model_dict)
-        elif isinstance(event, LLMCompletionStartEvent):
-            _start_call(semconv.TEXT_COMPLETION, event.span_id, event.model_dict)
-        elif isinstance(event, EmbeddingStartEvent):
-            _start_call(semconv.EMBEDDINGS, event.span_id, event.model_dict)
-        elif isinstance(event, ReRankStartEvent):
-            _start_call(semconv.RERANK, event.span_id, {"model_name": event.model_name})
-        elif isinstance(event, (EmbeddingEndEvent, ReRankEndEvent)):
-            call = _take(event.span_id)
-            if call is not None:
-                end_call(call)
-        elif isinstance(event, ExceptionEvent):
-            call = _take(event.span_id)
-            if call is not None:
-                end_call(call, event.exception)
-        elif type(event).__name__ == "SpanCancelledEvent" and event.span_id in recorder.open:
-            _bounded(_cancelled, event.span_id, Outcome.CANCELLED)
+        react = _REACTIONS.get(type(event).__name__)
+        if react is not None:
+            react(event)
+
+
+def _progressed(event: Any) -> None:
+    call = _first_open(event.span_id)
+    if call is not None:
+        _streams.pop(event.span_id or "", None)
+        call.received()
+
+
+def _answered(event: Any) -> None:
+    call = _take(event.span_id)
+    if call is not None:
+        _describe(call, event.response)
+        end_call(call)
+
+
+def _finished(event: Any) -> None:
+    call = _take(event.span_id)
+    if call is not None:
+        end_call(call)
+
+
+def _failed(event: Any) -> None:
+    call = _take(event.span_id)
+    if call is not None:
+        end_call(call, event.exception)
+
+
+def _span_cancelled(event: Any) -> None:
+    if event.span_id in recorder.open:
+        _bounded(_cancelled, event.span_id, Outcome.CANCELLED)
+
+
+def _started(operation: str) -> Callable[[Any], None]:
+    return lambda event: _start_call(operation, event.span_id, event.model_dict)
+
+
+# By name, so that LlamaIndex itself is not imported by an agent that uses only its workflows.
+_REACTIONS: Final[dict[str, Callable[[Any], None]]] = {
+    "LLMChatStartEvent": _started(semconv.CHAT),
+    "LLMChatInProgressEvent": _progressed,
+    "LLMChatEndEvent": _answered,
+    "LLMCompletionStartEvent": _started(semconv.TEXT_COMPLETION),
+    "LLMCompletionInProgressEvent": _progressed,
+    "LLMCompletionEndEvent": _answered,
+    "EmbeddingStartEvent": _started(semconv.EMBEDDINGS),
+    "EmbeddingEndEvent": _finished,
+    "SparseEmbeddingStartEvent": _started(semconv.EMBEDDINGS),
+    "SparseEmbeddingEndEvent": _finished,
+    "ReRankStartEvent": lambda event: _start_call(semconv.RERANK, event.span_id, {"model_name": event.model_name}),
+    "ReRankEndEvent": _finished,
+    "ExceptionEvent": _failed,
+    "SpanCancelledEvent": _span_cancelled,
+}
 
 
 _cancelled: Final[OrderedDict[str, Outcome]] = OrderedDict()
@@ -197,7 +214,8 @@ def _continues(handle: Handle, result: Any) -> bool:
 
     LlamaIndex calls the model only when the stream is read, after the query that it belongs to has returned.
     """
-    if not isinstance(result, (StreamingResponse, AsyncStreamingResponse)):
+    streaming = _STREAMING.get(type(result).__name__)
+    if streaming is None:
         return False
     frame = _frames.get(result.response_gen)
     if frame is not None:  # the same answer, returned through another level
@@ -206,8 +224,7 @@ def _continues(handle: Handle, result: Any) -> bool:
     source: Any = result.response_gen
     frame = Frame(handle)
     frame.left_ns = now_ns()
-    steps: Any = async_generator_steps if isinstance(result, AsyncStreamingResponse) else generator_steps
-    result.response_gen = steps(lambda: (frame, source))()
+    result.response_gen = streaming(lambda: (frame, source))()
     _frames[result.response_gen] = frame
     weakref.finalize(result.response_gen, frame.end, GeneratorExit())  # in case that nobody ever reads it
     return True
@@ -216,12 +233,22 @@ def _continues(handle: Handle, result: Any) -> bool:
 _frames: Final[weakref.WeakKeyDictionary[Any, Frame]] = weakref.WeakKeyDictionary()
 
 
-def _kind_and_role(name: str, instance: Any) -> tuple[str, str]:
+_STREAMING: Final[dict[str, Callable[..., Any]]] = {
+    "StreamingResponse": generator_steps,
+    "AsyncStreamingResponse": async_generator_steps,
+}
+
+
+@functools.cache
+def _ancestry(kind: Any) -> frozenset[str]:
+    return frozenset(base.__name__ for base in kind.__mro__)
+
+
+def _kind_and_role(name: str, instance: Any, ancestry: frozenset[str]) -> tuple[str, str]:
     """What a dispatcher span stands for, and the role that it gives to the calls below it."""
     owner, _, method = name.rpartition(".")
     if instance is None:
         return semconv.KIND_STEP, method  # a step of a workflow, or a function with a span
-    ancestry = {base.__name__ for base in type(instance).__mro__}
     if "BaseTool" in ancestry:
         return semconv.KIND_TOOL, str(instance.metadata.name)
     if "BaseWorkflowAgent" in ancestry:

@@ -7,13 +7,13 @@ All endpoints, sync or async, parsed, raw or streamed, go through the client's `
 from __future__ import annotations
 
 import functools
-import importlib.util
+import sys
 from collections.abc import Callable
 from contextvars import ContextVar, Token
 from typing import Any, Final
 
 from scepsy import semconv
-from scepsy.capture import Exchange, attach, detach, harmless, muted, recorder
+from scepsy.capture import Exchange, attach, detach, harmless, muted, no_longer, recorder, when_imported
 from scepsy_integrations.openai.answers import describe, watch
 
 _OPERATIONS: Final = {
@@ -212,16 +212,13 @@ _INSTRUMENTED: Final = "_scepsy_instrumented"
 
 def instrument_client(client: object) -> Callable[[], None] | None:
     """Hook one client object, and those made from it by `with_options`. The result undoes it; None: of another kind."""
-    if importlib.util.find_spec("openai") is None:
-        return None
-    from openai import AsyncOpenAI, OpenAI
-
-    if not isinstance(client, (OpenAI, AsyncOpenAI)):
+    openai = sys.modules.get("openai")
+    if openai is None or not isinstance(client, (openai.OpenAI, openai.AsyncOpenAI)):
         return None
     own = vars(client)
     if _INSTRUMENTED in own:
         return lambda: None
-    hooks = _hooks(asynchronous=isinstance(client, AsyncOpenAI))
+    hooks = _hooks(asynchronous=isinstance(client, openai.AsyncOpenAI))
     for name, hook in hooks.items():
         setattr(client, name, hook(getattr(client, name), client))
 
@@ -246,24 +243,28 @@ def instrument_client(client: object) -> Callable[[], None] | None:
     return undo
 
 
+_patches: Final[list[_ClassPatch]] = []
+
+
+def _turn_on() -> None:
+    import openai
+
+    if not _patches:
+        for owner, asynchronous in ((openai.OpenAI, False), (openai.AsyncOpenAI, True)):
+            _patches.extend(_ClassPatch(owner, name, hook) for name, hook in _hooks(asynchronous=asynchronous).items())
+
+
 class Instrumentor:
     """Turns the hook on for every client of the process, made before or after."""
-
-    _patches: list[_ClassPatch] = []  # noqa: RUF012 - shared on purpose: the classes are hooked once per process
 
     instrument_client = staticmethod(instrument_client)
 
     def instrument(self, **_kwargs: Any) -> None:
-        """Hook the client classes, if openai is installed and they are not hooked yet."""
-        if self._patches or importlib.util.find_spec("openai") is None:
-            return
-        import openai
-
-        for owner, asynchronous in ((openai.OpenAI, False), (openai.AsyncOpenAI, True)):
-            for name, hook in _hooks(asynchronous=asynchronous).items():
-                self._patches.append(_ClassPatch(owner, name, hook))
+        """Hook the client classes, now or as soon as openai is imported."""
+        when_imported("openai", _turn_on)
 
     def uninstrument(self, **_kwargs: Any) -> None:
         """Restore the client classes."""
-        while self._patches:
-            self._patches.pop().undo()
+        no_longer("openai", _turn_on)
+        while _patches:
+            _patches.pop().undo()

@@ -6,6 +6,7 @@ from scepsy.capture.context import ContextThreadPoolExecutor, propagate
 from scepsy.capture.decorators import agent, tool, workflow
 from scepsy.capture.exchange import Exchange, end_call
 from scepsy.capture.frame import Frame, async_generator_steps, generator_steps
+from scepsy.capture.imports import no_longer, when_imported
 from scepsy.capture.instrumentation import flush, instrument, uninstrument
 from scepsy.capture.recorder import Handle, Outcome, Recorder, attach, detach, how_ended, muted, now_ns, recorder
 from scepsy.capture.safety import harmless
@@ -30,11 +31,13 @@ __all__ = [
     "how_ended",
     "instrument",
     "muted",
+    "no_longer",
     "now_ns",
     "propagate",
     "recorder",
     "settle_task",
     "tool",
     "uninstrument",
+    "when_imported",
     "workflow",
 ]

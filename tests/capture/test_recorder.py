@@ -1,0 +1,110 @@
+import logging
+import time
+
+import pytest
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+
+import scepsy
+from scepsy.capture import Outcome, Recorder, harmless, recorder
+from scepsy.capture.safety import tell
+
+
+def test_memory_stays_bounded_by_number(recorded):
+    small = Recorder(recorded.provider, limit=10)
+    handles = [small.start("step", f"s{index}") for index in range(25)]
+    assert len(small.open) <= 10
+    assert [handle.live for handle in handles] == [False] * 15 + [True] * 10
+    assert {span.attributes["scepsy.outcome"] for span in recorded.spans} == {"abandoned"}
+    assert len(recorded.spans) == 15
+
+
+def test_memory_stays_bounded_by_age(recorded):
+    brief = Recorder(recorded.provider, max_age_s=0.01)
+    brief.start("step", "old")
+    time.sleep(0.02)
+    brief.start("step", "young")
+    brief.sweep()
+    assert [span.name for span in recorded.spans] == ["old"]
+
+
+def test_a_late_end_of_what_was_swept_is_ignored(recorded):
+    small = Recorder(recorded.provider, limit=1)
+    first = small.start("step", "first")
+    small.start("step", "second")
+    first.end()
+    first.end(outcome=Outcome.CANCELLED)
+    assert [span.attributes["scepsy.outcome"] for span in recorded.spans] == ["abandoned"]
+
+
+def test_an_error_in_a_hook_is_one_line_and_no_more(caplog):
+    @harmless
+    def hook():
+        raise RuntimeError("the prompt")
+
+    with caplog.at_level(logging.WARNING, logger="scepsy"):
+        assert hook() is None
+        assert hook() is None
+    (record,) = caplog.records
+    assert "RuntimeError" in record.message
+    assert "prompt" not in caplog.text
+
+
+def test_interrupts_of_the_program_are_not_swallowed():
+    @harmless
+    def hook():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hook()
+
+
+def test_a_broken_provider_does_not_reach_the_program(caplog):
+    class Broken(TracerProvider):
+        def get_tracer(self, *args, **kwargs):
+            tracer = super().get_tracer(*args, **kwargs)
+            tracer.start_span = None
+            return tracer
+
+    scepsy.instrument(provider=Broken())
+
+    @scepsy.workflow
+    def main():
+        return 4
+
+    assert main() == 4
+    scepsy.uninstrument()
+    recorder.forget()
+    assert "capture failed" in caplog.text
+
+
+def test_the_same_failure_is_told_once(caplog):
+    for _ in range(3):
+        tell("a place of this test", ZeroDivisionError())
+    assert len(caplog.records) == 1
+
+
+def test_the_latest_start_around_the_caller_is_the_parent(recorded):
+    outer = recorder.start("step", "outer")
+    inner = recorder.start("step", "inner", parent=outer)
+    recorder.sources.append(lambda: outer)
+    try:
+        assert recorder.around(inner) == (inner, None)
+        inner.end()
+        assert recorder.around(inner) == (outer, None)
+    finally:
+        recorder.sources.pop()
+        outer.end()
+
+
+def test_an_unsampled_trace_is_not_recorded_but_its_parents_are_right():
+    from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
+
+    scepsy.instrument(provider=TracerProvider(sampler=ALWAYS_OFF))
+    handle = recorder.start("workflow", "main")
+    child = recorder.start("step", "child", parent=handle)
+    assert int(child.traceparent()["traceparent"][-2:], 16) & 1 == 0
+    assert not trace.get_current_span(child.context).is_recording()
+    child.end()
+    handle.end()
+    scepsy.uninstrument()

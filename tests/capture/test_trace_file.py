@@ -1,0 +1,236 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from google.protobuf.json_format import Parse
+from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+
+import scepsy
+from scepsy.capture.trace_file import TraceFile, encode_request
+from scepsy_optimizer.errors import ScepsyError
+
+
+def lines(directory):
+    return [
+        (path, json.loads(line))
+        for path in sorted(Path(directory).glob("*.jsonl"))
+        for line in path.read_text().splitlines()
+    ]
+
+
+def spans(directory):
+    return [
+        span
+        for _, request in lines(directory)
+        for resource in request["resourceSpans"]
+        for scope in resource["scopeSpans"]
+        for span in scope["spans"]
+    ]
+
+
+def run(code, directory, **kwargs):
+    env = {**os.environ, "SCEPSY_TRACES": str(directory)}
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], env=env, capture_output=True, text=True, timeout=60, **kwargs
+    )
+
+
+def test_a_line_is_what_the_protobuf_exporter_would_send(recorded):
+    @scepsy.agent
+    def fails():
+        raise ValueError
+
+    with pytest.raises(ValueError):  # noqa: PT011 - it has no text
+        fails()
+    line = encode_request(recorded.spans, {})
+    ours = json.loads(line)
+    # OTLP/JSON writes ids in hex, where protobuf's own JSON form has base64: compare the rest through the schema.
+    for resource in ours["resourceSpans"]:
+        for scope in resource["scopeSpans"]:
+            for span in scope["spans"]:
+                (real,) = recorded.spans
+                assert span.pop("traceId") == f"{real.context.trace_id:032x}"
+                assert span.pop("spanId") == f"{real.context.span_id:016x}"
+    theirs = encode_spans(recorded.spans)
+    for resource in theirs.resource_spans:
+        for scope in resource.scope_spans:
+            for span in scope.spans:
+                span.ClearField("trace_id")
+                span.ClearField("span_id")
+                span.ClearField("flags")
+    assert Parse(json.dumps(ours), ExportTraceServiceRequest()) == theirs
+
+
+def test_values_of_every_type():
+    provider = TracerProvider(resource=Resource({"service.name": "x"}))
+    attributes = {"a": "text", "b": True, "c": 2**60, "d": 0.5, "e": ("x", "y")}
+    with provider.get_tracer("scepsy").start_as_current_span("s", attributes=attributes) as span:
+        pass
+    (resource,) = json.loads(encode_request([span], {"process.pid": 3}))["resourceSpans"]
+    assert resource["resource"]["attributes"] == [
+        {"key": "service.name", "value": {"stringValue": "x"}},
+        {"key": "process.pid", "value": {"intValue": "3"}},
+    ]
+    (encoded,) = resource["scopeSpans"][0]["spans"]
+    assert [one["value"] for one in encoded["attributes"]] == [
+        {"stringValue": "text"},
+        {"boolValue": True},
+        {"intValue": str(2**60)},
+        {"doubleValue": 0.5},
+        {"arrayValue": {"values": [{"stringValue": "x"}, {"stringValue": "y"}]}},
+    ]
+
+
+def test_of_other_peoples_spans_only_the_skeleton_is_written():
+    provider = TracerProvider()
+    tracer = provider.get_tracer("somebody")
+    with tracer.start_as_current_span("s", attributes={"prompt": "secret"}) as span:
+        span.add_event("secret")
+    assert b"secret" not in encode_request([span], {})
+
+
+def test_files_of_instrumented_programs(tmp_path):
+    done = run(
+        """
+        import scepsy
+        scepsy.instrument()
+        @scepsy.workflow
+        def main(): ...
+        main()
+        """,
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    ((path, request),) = lines(tmp_path)
+    assert path.name.startswith("spans-")
+    (span,) = spans(tmp_path)
+    assert span["name"] == "invoke_workflow main"
+    resource = {one["key"]: one["value"] for one in request["resourceSpans"][0]["resource"]["attributes"]}
+    assert int(resource["process.pid"]["intValue"]) > 0
+
+
+def test_a_process_without_spans_leaves_no_file(tmp_path):
+    assert run("import scepsy; scepsy.instrument()", tmp_path).returncode == 0
+    assert lines(tmp_path) == []
+
+
+def test_a_killed_process_loses_at_most_its_last_moments(tmp_path):
+    done = run(
+        """
+        import os, signal, time
+        import scepsy
+        scepsy.instrument()
+        @scepsy.workflow
+        def early(): ...
+        early()
+        time.sleep(1.2)
+        os.kill(os.getpid(), signal.SIGKILL)
+        """,
+        tmp_path,
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert [span["name"] for span in spans(tmp_path)] == ["invoke_workflow early"]
+
+
+@pytest.mark.parametrize("leave", ["os._exit(0)", "raise SystemExit"])
+def test_forked_children_write_files_of_their_own_and_nothing_twice(tmp_path, leave):
+    done = run(
+        f"""
+        import os, time
+        import scepsy
+        scepsy.instrument()
+        @scepsy.tool
+        def child_work(): ...
+        @scepsy.tool
+        def queued(): ...
+        @scepsy.workflow
+        def main():
+            queued()
+            pid = os.fork()
+            if pid == 0:
+                child_work()
+                time.sleep(1.0)
+                {leave}
+            os.waitpid(pid, 0)
+        main()
+        """,
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    found = sorted((span["name"], span.get("parentSpanId")) for span in spans(tmp_path))
+    (root,) = [span for span in spans(tmp_path) if span["name"] == "invoke_workflow main"]
+    assert found == [
+        ("execute_tool child_work", root["spanId"]),
+        ("execute_tool queued", root["spanId"]),
+        ("invoke_workflow main", None),
+    ]
+    assert len({path for path, _ in lines(tmp_path)}) == 2
+
+
+def test_children_of_multiprocessing_lose_nothing_at_their_exit(tmp_path):
+    done = run(
+        """
+        import multiprocessing
+        import scepsy
+        scepsy.instrument()
+        @scepsy.workflow
+        def work(index): ...
+        if __name__ == "__main__":
+            context = multiprocessing.get_context("fork")
+            children = [context.Process(target=work, args=(i,)) for i in range(3)]
+            for child in children: child.start()
+            for child in children: child.join()
+        """,
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(spans(tmp_path)) == 3
+
+
+def test_a_directory_that_cannot_be_written_is_one_clear_error(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(ScepsyError, match="traces cannot be written here"):
+        scepsy.instrument(directory=blocked)
+    scepsy.uninstrument()
+
+
+def test_a_full_disk_costs_spans_but_not_the_program(tmp_path, caplog, recorded):
+    @scepsy.workflow
+    def main(): ...
+
+    main()
+    file = TraceFile(tmp_path)
+    file.path = tmp_path / "gone" / "spans.jsonl"
+    file.on_end(recorded.spans[0])
+    assert file.force_flush() is False
+    assert "capture failed" in caplog.text
+    file.shutdown()
+
+
+def test_every_span_is_written_once_when_many_threads_end_them(tmp_path):
+    done = run(
+        """
+        import threading
+        import scepsy
+        scepsy.instrument()
+        @scepsy.workflow
+        def work(): ...
+        def many():
+            for _ in range(500): work()
+        threads = [threading.Thread(target=many) for _ in range(8)]
+        for thread in threads: thread.start()
+        for thread in threads: thread.join()
+        """,
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len({span["spanId"] for span in spans(tmp_path)}) == len(spans(tmp_path)) == 4000
