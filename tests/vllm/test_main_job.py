@@ -188,8 +188,8 @@ def test_spans_last_as_long_as_the_engine_says(played, llm):
     calls = calls_of(played, llm)
     traced_s = sum(span.duration_s for span in calls)
     engine_s = played.counted[llm, "seconds"]
-    # What the client waits for beyond the engine: its own work, the gateway, the connection.
-    assert engine_s < traced_s < engine_s * 1.25 + 0.1 * len(calls)
+    # What the client waits for beyond the engine: the gateway, the connection, and a turn on two cores that are full.
+    assert engine_s < traced_s < engine_s * 1.25 + 0.5 * len(calls)
 
 
 def test_executions_last_as_long_as_their_callers_waited(played):

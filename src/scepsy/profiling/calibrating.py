@@ -1,0 +1,125 @@
+"""An estimate corrected by a few measured points.
+
+Four numbers with priors stand for what tables of kernels cannot know of an installation: how much slower its decoding
+and its prefill are, what a step and what a request cost besides. Two points already move them where they matter;
+without points the priors leave the profile as it is. Gauss-Newton on the logarithmic errors of time to first token and
+time per output token, in a handful of iterations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scepsy.profiling.serving import Load, Response, predict_response
+from scepsy_optimizer.errors import ScepsyError
+from scepsy_optimizer.profile import LLMProfile, StepTimes
+
+Array = NDArray[np.float64]
+
+# Standard deviations of the priors: logarithms of the two scales, then seconds.
+_PRIOR = np.array([0.20, 0.20, 0.0005, 0.020])
+# Standard deviations of the logarithmic errors that remain: first tokens wait for whatever comes along.
+_FIRST_TOKEN_NOISE = 0.25
+_PER_TOKEN_NOISE = 0.05
+_ITERATIONS = 12
+_DIFFERENCE = np.array([0.01, 0.01, 1e-5, 1e-4])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingPoint:
+    """One measured load of one replica on whole devices."""
+
+    tensor_parallel_size: int
+    load: Load
+    measured: Response
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Correction:
+    """What is multiplied into the tables, and added to each step and to each request."""
+
+    decode_scale: float = 1.0
+    prefill_scale: float = 1.0
+    step_s: float = 0.0
+    request_s: float = 0.0
+
+
+def calibrate(profile: LLMProfile, points: Sequence[ServingPoint]) -> LLMProfile:
+    """The profile with the correction that the points ask for, noted in its provenance.
+
+    Two points tell most if one is of a light and one of a heavy load: the first tells what a step costs anyway, the
+    second what a batch adds. All tensor parallelisms share one correction. Raises ScepsyError for a point that the
+    profile cannot predict.
+    """
+    return corrected(profile, fit_correction(profile, points), len(points)) if points else profile
+
+
+def fit_correction(profile: LLMProfile, points: Sequence[ServingPoint]) -> Correction:
+    """The most probable correction, given the points and the priors. Raises ScepsyError as `calibrate`."""
+    theta = np.zeros(4)
+    for _ in range(_ITERATIONS):
+        error = _errors(profile, points, theta)
+        slopes = np.empty((error.size, 4))
+        for index, difference in enumerate(_DIFFERENCE):
+            moved = theta.copy()
+            moved[index] += difference
+            slopes[:, index] = (_errors(profile, points, moved) - error) / difference
+        step = np.linalg.solve(slopes.T @ slopes + np.diag(_PRIOR**-2), slopes.T @ error + theta / _PRIOR**2)
+        theta = theta - np.clip(step, -_PRIOR, _PRIOR)
+        if np.all(np.abs(step) < 1e-3 * _PRIOR):
+            break
+    return _correction(profile, theta)
+
+
+def corrected(profile: LLMProfile, correction: Correction, points: int) -> LLMProfile:
+    """The profile with a correction that was found from that many points."""
+    note = (
+        f"calibrated by {points} measured points: decode x{correction.decode_scale:.3f}, "
+        f"prefill x{correction.prefill_scale:.3f}, {1000 * correction.step_s:+.2f} ms per step, "
+        f"{1000 * correction.request_s:+.1f} ms per request"
+    )
+    old = profile.provenance
+    return replace(
+        profile,
+        steps=tuple(_scaled(steps, correction) for steps in profile.steps),
+        host_s=profile.host_s + correction.step_s,
+        request_s=profile.request_s + correction.request_s,
+        provenance=replace(old, note=f"{old.note}; {note}" if old.note else note),
+    )
+
+
+def _correction(profile: LLMProfile, theta: Array) -> Correction:
+    """Costs never become negative, whatever the points say."""
+    return Correction(
+        decode_scale=float(np.exp(theta[0])),
+        prefill_scale=float(np.exp(theta[1])),
+        step_s=max(-profile.host_s, float(theta[2])),
+        request_s=max(-profile.request_s, float(theta[3])),
+    )
+
+
+def _scaled(steps: StepTimes, correction: Correction) -> StepTimes:
+    return replace(
+        steps,
+        decode_s=tuple(tuple(value * correction.decode_scale for value in row) for row in steps.decode_s),
+        prefill_s=tuple(value * correction.prefill_scale for value in steps.prefill_s),
+    )
+
+
+def _errors(profile: LLMProfile, points: Sequence[ServingPoint], theta: Array) -> Array:
+    """Logarithmic errors over their noise: first tokens, then times per token."""
+    changed = corrected(profile, _correction(profile, theta), len(points))
+    found = []
+    for point in points:
+        predicted = predict_response(changed, point.tensor_parallel_size, point.load)
+        if not np.isfinite(predicted.first_token_s):
+            raise ScepsyError(f"{profile.llm!r} cannot serve {point.load}: it is beyond what the profile carries")
+        pair = [(predicted.first_token_s, point.measured.first_token_s, _FIRST_TOKEN_NOISE)]
+        if point.load.output_tokens > 1:
+            pair.append((predicted.per_token_s, point.measured.per_token_s, _PER_TOKEN_NOISE))
+        found += [np.log(guess / measured) / noise for guess, measured, noise in pair]
+    return np.array(found)
