@@ -67,6 +67,11 @@ class Cluster:
         return sum(node.devices for node in self.nodes)
 
     @property
+    def largest_domain(self) -> int:
+        """Devices of the largest fast-link domain: no tensor-parallel group can be larger."""
+        return max(len(domain) for node in self.nodes for domain in node.nvlink_domains)
+
+    @property
     def device_type(self) -> str:
         """The type that all devices share.
 

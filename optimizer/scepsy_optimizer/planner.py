@@ -29,6 +29,7 @@ def optimize(
     cluster: Cluster,
     *,
     rate_rps: float,
+    max_units: int | None = None,
     max_utilisation: float = MAX_UTILISATION,
     provenance: Mapping[str, str] | None = None,
     replay_seed: int | None = None,
@@ -36,13 +37,15 @@ def optimize(
     """The plan of least mean latency for `rate_rps` executions per second on the cluster.
 
     With `replay_seed` the best few candidates that the search met are replayed under the same arrivals, and the one of
-    least replayed mean latency is taken; the bound and its gap stay those of the closed form.
-    `profiles` are by LLM name, for the cluster's device type. Raises ScepsyError where the rate is out of reach, with
-    the highest reachable one and its bottleneck, or where an LLM has no profile or does not fit.
+    least replayed mean latency is taken; the bound and its gap stay those of the closed form. With `max_units` the plan
+    uses at most that many tenths of a device, and the bound is for that budget. `profiles` are by LLM name, for the
+    cluster's device type. Raises ScepsyError where the rate is out of reach, with the highest reachable one and its
+    bottleneck, or where an LLM has no profile or does not fit.
     """
-    _check_devices(workload, profiles, cluster)
-    largest = max(len(domain) for node in cluster.nodes for domain in node.nvlink_domains)
-    units = cluster.devices * UNITS_PER_DEVICE
+    check_profiles(workload, profiles, cluster)
+    largest = cluster.largest_domain
+    budget = min(cluster.devices * UNITS_PER_DEVICE, max_units or cluster.devices * UNITS_PER_DEVICE)
+    units = budget
     bound_s: float | None = None
     while units > 0:
         allocation = find_allocation(
@@ -73,11 +76,12 @@ def optimize(
         # Groups did not fit into the domains side by side: plan for fewer devices and try again.
         units = sum(option.choice.units for option in allocation.options.values()) - 1
     rate, bottleneck = highest_rate(
-        workload, profiles, units=cluster.devices * UNITS_PER_DEVICE, max_tensor_parallel_size=largest
+        workload, profiles, units=budget, max_tensor_parallel_size=largest, max_utilisation=max_utilisation
     )
     raise ScepsyError(
-        f"a rate of {rate_rps:g} executions/s is out of reach on {cluster.devices} {cluster.device_type}: the highest "
-        f"is {rate:.3g}/s, limited by {bottleneck!r}. Ask for less, add devices, or make {bottleneck!r} smaller"
+        f"a rate of {rate_rps:g} executions/s is out of reach on {budget / UNITS_PER_DEVICE:g} {cluster.device_type}: "
+        f"the highest is {rate:.3g}/s, limited by {bottleneck!r}. Ask for less, add devices, or make {bottleneck!r} "
+        "smaller"
     )
 
 
@@ -95,7 +99,7 @@ def predict(
     Its lower bound is 0: nothing was searched. An LLM beyond saturation makes the predicted latency infinite. Raises
     ScepsyError where the allocation cannot be placed, or an LLM does not fit or has no profile or no choice.
     """
-    _check_devices(workload, profiles, cluster)
+    check_profiles(workload, profiles, cluster)
     missing = [demand.llm for demand in workload.demands if demand.llm not in choices]
     if missing:
         raise ScepsyError(f"the allocation gives nothing to {', '.join(missing)}, which the workload calls")
@@ -223,8 +227,8 @@ def _part(llm: str, profile: LLMProfile, choice: Choice, slots: tuple[Slot, ...]
     )
 
 
-def _check_devices(workload: Workload, profiles: Mapping[str, LLMProfile], cluster: Cluster) -> None:
-    """Profiles must exist and be for the cluster's device type."""
+def check_profiles(workload: Workload, profiles: Mapping[str, LLMProfile], cluster: Cluster) -> None:
+    """Raise ScepsyError unless every LLM of the workload has a profile for the cluster's device type."""
     missing = [demand.llm for demand in workload.demands if demand.llm not in profiles]
     if missing:
         known = ", ".join(sorted(profiles)) or "nothing"

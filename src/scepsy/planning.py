@@ -16,6 +16,7 @@ from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.plan import Plan
 from scepsy_optimizer.planner import optimize as optimize_workload
 from scepsy_optimizer.profile import LLMProfile
+from scepsy_optimizer.questions import optimize_devices, optimize_rate
 from scepsy_optimizer.workload import Workload
 from scepsy_optimizer.workload import aggregate as aggregate_executions
 
@@ -43,27 +44,31 @@ def optimize(
     traces: Traces | Workload,
     *,
     cluster: str | Path | Cluster,
-    rate: Rate,
+    rate: Rate | None = None,
+    max_latency_s: float | None = None,
     profiles: Profiles | None = None,
     models: Mapping[str, str] | None = None,
     max_utilisation: float = MAX_UTILISATION,
 ) -> Plan:
     """The plan of least mean latency for `rate` executions per second.
 
-    The rate is of all traced workflows as they were mixed, or, given as a mapping, of each workflow by its name.
+    With a `max_latency_s` as well, the plan that takes the fewest devices for both; with only that, the plan for the
+    highest rate within it. The rate is of all traced workflows as they were mixed, or, given as a mapping, of each
+    workflow by its name.
 
     `cluster` is a short form such as "8xH100", a cluster file, or a `Cluster`. `profiles` are profile files, a
     directory of them, or a mapping by LLM name; LLMs without one are estimated from `models` (LLM name to Hugging Face
     id or directory), or taken from the profiles that ship with Scepsy. Raises ScepsyError.
     """
-    return _plan(traces, cluster, rate, profiles, models, max_utilisation)[0]
+    return _plan(traces, cluster, rate, max_latency_s, profiles, models, max_utilisation)[0]
 
 
 def optimize_and_deploy(
     traces: Traces | Workload,
     *,
     cluster: str | Path | Cluster,
-    rate: Rate,
+    rate: Rate | None = None,
+    max_latency_s: float | None = None,
     profiles: Profiles | None = None,
     models: Mapping[str, str] | None = None,
     **deploy_options: Any,
@@ -75,14 +80,15 @@ def optimize_and_deploy(
     """
     from scepsy.deploy import deploy
 
-    plan, found = _plan(traces, cluster, rate, profiles, models, MAX_UTILISATION)
+    plan, found = _plan(traces, cluster, rate, max_latency_s, profiles, models, MAX_UTILISATION)
     return deploy(plan, profiles=found, **deploy_options)
 
 
 def _plan(
     traces: Traces | Workload,
     cluster: str | Path | Cluster,
-    rate: Rate,
+    rate: Rate | None,
+    max_latency_s: float | None,
     profiles: Profiles | None,
     models: Mapping[str, str] | None,
     max_utilisation: float,
@@ -94,16 +100,19 @@ def _plan(
     workload = traces if isinstance(traces, Workload) else aggregate(traces, rates=rates)
     llms = [demand.llm for demand in workload.demands]
     found = resolve_profiles(llms, resolved.device_type, profiles=profiles, models=models)
-    plan = optimize_workload(
-        workload,
-        found,
-        resolved,
-        rate_rps=sum(rate.values()) if isinstance(rate, Mapping) else rate,
-        max_utilisation=max_utilisation,
-        replay_seed=0,
-        provenance=provenance(found, None if isinstance(traces, Workload) else traces),
-    )
-    return plan, found
+    common: dict[str, Any] = {
+        "max_utilisation": max_utilisation,
+        "replay_seed": 0,
+        "provenance": provenance(found, None if isinstance(traces, Workload) else traces),
+    }
+    total = sum(rate.values()) if isinstance(rate, Mapping) else rate
+    if total is None and max_latency_s is None:
+        raise ScepsyError("nothing to plan for: give a rate, a latency limit, or both")
+    if total is None:
+        return optimize_rate(workload, found, resolved, latency_s=max_latency_s or 0.0, **common), found
+    if max_latency_s is None:
+        return optimize_workload(workload, found, resolved, rate_rps=total, **common), found
+    return optimize_devices(workload, found, resolved, rate_rps=total, latency_s=max_latency_s, **common), found
 
 
 def resolve_cluster(cluster: str | Path | Cluster) -> Cluster:

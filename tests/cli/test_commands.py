@@ -45,10 +45,26 @@ def test_rates_can_be_given_by_workflow(scepsy, traces, tmp_path):
     assert load_plan(target).rate_rps == 3
 
 
+def test_a_latency_limit_asks_for_the_highest_rate_or_the_fewest_devices(scepsy, traces, tmp_path):
+    target = tmp_path / "plan.yaml"
+    words = ["optimize", traces, "--cluster", "4xH100", "--max-latency", "6", "-o", target]
+    assert scepsy(*words)[0] == 0
+    highest = load_plan(target)
+    assert highest.prediction is not None
+    assert highest.prediction.latency_s <= 6
+    assert scepsy(*words, "--rate", highest.rate_rps / 4)[0] == 0
+    fewest = load_plan(target)
+    assert sum(part.device_count for part in fewest.llms) < sum(part.device_count for part in highest.llms)
+    code, _, err = scepsy("optimize", traces, "--cluster", "4xH100", "--max-latency", "0.1")
+    assert code == 2
+    assert "even without load: the least is" in err
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         (["--cluster", "4xH100", "--rate", "100000"], "is out of reach on 4 H100: the highest is"),
+        (["--cluster", "4xH100"], "give a rate, a latency limit, or both"),
         (["--cluster", "4xH100", "--rate", "0"], "must be a positive number"),
         (["--cluster", "4xH100", "--rate", "fast"], "write a number, or WORKFLOW=NUMBER"),
         (["--cluster", "4xH100", "--rate", "poem=1"], "give each traced workflow a rate"),

@@ -22,9 +22,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rate",
         action="append",
-        required=True,
         metavar="RATE",
         help="executions per second to plan for, as traced; or WORKFLOW=RATE, once for each workflow",
+    )
+    parser.add_argument(
+        "--max-latency",
+        type=float,
+        metavar="SECONDS",
+        help="mean latency to keep within: the highest rate that does, or with --rate the fewest devices that do",
     )
     parser.add_argument("-o", "--output", default="plan.yaml", metavar="FILE", help="default: plan.yaml")
     add_profiles(parser)
@@ -35,7 +40,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     plan = optimize(
         args.traces,
         cluster=args.cluster,
-        rate=parse_rates(args.rate),
+        rate=parse_rates(args.rate) if args.rate else None,
+        max_latency_s=args.max_latency,
         profiles=args.profiles,
         models=parse_models(args.model),
     )
