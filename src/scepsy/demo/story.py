@@ -87,8 +87,7 @@ def tell(
     """
     cluster = resolve_cluster(stage.cluster)
     profiles = resolve_profiles(LLMS, cluster.device_type)
-    largest = max(len(domain) for node in cluster.nodes for domain in node.nvlink_domains)
-    even = even_split(LLMS, profiles, devices=cluster.devices, max_tensor_parallel_size=largest)
+    even = even_split(LLMS, profiles, devices=cluster.devices, max_tensor_parallel_size=cluster.largest_domain)
     before_plan = hand_made_plan(even, profiles, cluster)
     on_event("Round one: every LLM gets the same number of devices, as people do by hand")
     before, failed = _play(stage, before_plan, profiles, "even", on_event, on_round("even split"))
