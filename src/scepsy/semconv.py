@@ -62,6 +62,11 @@ OUTCOME: Final = "scepsy.outcome"
 """How it ended where it neither returned nor failed: "cancelled", "abandoned" (a stream that nobody read to its end, or
 a call whose end was never told) or "interrupted" (a graph that waits for a person)."""
 
+JOINED_BY: Final = "scepsy.joined_by"
+"""On what a proxy recorded: how the call's execution is known, "traceparent", "header" or "inferred"."""
+REPLICA: Final = "scepsy.replica"
+"""On what a deployment's endpoint recorded: the replica that answered."""
+
 KIND_WORKFLOW: Final = "workflow"
 KIND_AGENT: Final = "agent"
 KIND_TOOL: Final = "tool"

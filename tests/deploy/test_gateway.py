@@ -14,7 +14,7 @@ from yarl import URL
 
 from scepsy.deploy.backends import Backend, Pool
 from scepsy.deploy.forward import MAX_BODY_BYTES, client, server_options
-from scepsy.deploy.gateway import Gateway, model_name
+from scepsy.deploy.gateway import Gateway, form_model
 
 
 class Worker:
@@ -156,6 +156,7 @@ BODIES = {
     "spaces, order and number forms": b'{ "z" : 1.0e0,\n "model":"small" , "a": 1E+2, "a": 2 }',
     "escaped name": b'{"\\u006dodel":"sm\\u0061ll"}',
     "raw unicode": '{"model":"small","x":"žluťoučký 🐎"}'.encode(),
+    "not a number": b'{"model":"small","temperature":NaN}',
     "large": b'{"x":"' + b"y" * 1_500_000 + b'","model":"small"}',
 }
 
@@ -339,7 +340,7 @@ async def test_forms_name_their_model(stage, session):
         seen = await answer.json()
         assert answer.headers["x-scepsy-replica"] == "big-0"
     assert b"\x00\xffsound" in base64.b64decode(seen["body"])
-    assert model_name(b"--x\r\n", "multipart/form-data") is None
+    assert form_model(b"--x\r\n", "multipart/form-data") is None
 
 
 async def test_load_is_spread_by_what_is_outstanding_and_weight(stage, session):

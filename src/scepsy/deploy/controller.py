@@ -17,7 +17,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 from aiohttp import web
@@ -30,17 +30,19 @@ from scepsy.deploy.mps import MpsDaemon
 from scepsy.deploy.replica import Replica
 from scepsy.deploy.shimmed import StartError
 from scepsy.deploy.specs import Engine
-from scepsy.deploy.state import Order, State, forget, read_order, write_state
+from scepsy.deploy.state import DETACH, Order, State, forget, read_order, write_state
 from scepsy_optimizer.errors import ScepsyError
 
-DETACH: Final = b"detach\n"
-"""What the starter writes to the standard input so that the controller outlives it."""
+if TYPE_CHECKING:
+    from scepsy.collect.calls import Recorder
 
 
 class Controller:
     """One deployment, from its order to its end."""
 
-    def __init__(self, directory: Path, order: Order, session: aiohttp.ClientSession) -> None:
+    def __init__(
+        self, directory: Path, order: Order, session: aiohttp.ClientSession, recorder: Recorder | None = None
+    ) -> None:
         self._directory = directory
         self._order = order
         self._begun = time.time()
@@ -82,7 +84,7 @@ class Controller:
             }
             for spec in order.specs
         }
-        self.gateway = Gateway(pools, session, models=models, status=self.status)
+        self.gateway = Gateway(pools, session, models=models, status=self.status, recorder=recorder)
 
     def status(self) -> Mapping[str, Any]:
         """What runs now, in plain values."""
@@ -237,11 +239,28 @@ async def _watch_starter(controller: Controller) -> None:
         controller.end()
 
 
+@asynccontextmanager
+async def _recorder(order: Order) -> AsyncIterator[Recorder | None]:
+    if order.record is None:
+        yield None
+        return
+    from scepsy.collect.calls import Recorder
+    from scepsy.collect.store import TraceStore
+
+    store = TraceStore(Path(order.record))
+    try:
+        recorder = Recorder(store)
+        async with recorder.recording():
+            yield recorder
+    finally:
+        await store.close()
+
+
 async def _main(directory: Path) -> None:
     order = read_order(directory)
     loop = asyncio.get_running_loop()
-    async with client() as session:
-        controller = Controller(directory, order, session)
+    async with client() as session, _recorder(order) as recorder:
+        controller = Controller(directory, order, session, recorder)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(number, controller.end)
         watch = asyncio.create_task(_watch_starter(controller))

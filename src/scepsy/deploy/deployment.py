@@ -29,7 +29,6 @@ from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.plan import Plan
 from scepsy_optimizer.profile import LLMProfile
 
-_DETACH: Final = b"detach\n"
 _START_TIMEOUT_S: Final = {"vllm": 1800.0, "vllm-cpu": 600.0, "emulator": 60.0}
 _GRACE_S: Final = 15.0
 _DRAIN_S: Final = 5.0
@@ -134,13 +133,15 @@ def deploy(
     seed: int = 0,
     detach: bool = False,
     start_timeout_s: float | None = None,
+    record: str | Path | None = None,
     on_event: Callable[[str], None] | None = None,
 ) -> Deployment:
     """Start every replica of the plan on this machine behind one endpoint; returns when all are ready.
 
     `engine` is "vllm" (GPUs), "vllm-cpu" (each device a core) or "emulator" (no model, the timing of `profiles`, which
     it needs). `command` is how one engine is started (default: vllm serve), `engine_args` are added to it, `seed` is
-    the emulators'. With `port` 0 a free one is taken. Unless `detach`, the deployment ends with this process.
+    the emulators'. With `port` 0 a free one is taken. Unless `detach`, the deployment ends with this process. With
+    `record`, a directory, the endpoint records every call that it carries as trace files there.
     `on_event` is told of progress, from another thread once all are ready. Raises ScepsyError; nothing is then left
     running.
     """
@@ -176,6 +177,7 @@ def deploy(
             grace_s=_GRACE_S,
             drain_s=_DRAIN_S,
             mps_directory=mps,
+            record=str(Path(record).resolve()) if record is not None else None,
         )
         state.write_order(directory, order)
         told(f"starting {len(specs)} replicas of {len(plan.llms)} LLMs ({engine})")
@@ -274,7 +276,7 @@ def _launch(
         _sweep(directory)
         raise
     if detach:
-        process.stdin.write(_DETACH)
+        process.stdin.write(state.DETACH)
         process.stdin.flush()
         process.stdin.close()
         process.stdout.close()

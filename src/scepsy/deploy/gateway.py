@@ -7,14 +7,19 @@ import json
 import re
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import aiohttp
+import orjson
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from scepsy.deploy.backends import Backend, NoBackendError, Pool
 from scepsy.deploy.forward import BrokenOffError, NoAnswerError, NotConnectedError, exchange, relay
+from scepsy.semconv import ATTEMPTS, REPLICA
+
+if TYPE_CHECKING:
+    from scepsy.collect.calls import RecordedCall, Recorder
 
 RETRY_AFTER_S: Final = 2
 REPLICA_HEADER: Final = "x-scepsy-replica"
@@ -34,12 +39,17 @@ class Gateway:
         *,
         models: Mapping[str, Mapping[str, Any]],
         status: Callable[[], Mapping[str, Any]],
+        recorder: Recorder | None = None,
     ) -> None:
-        """`pools` by LLM; `models` are the entries of /v1/models; `status` is shown under /scepsy/status."""
+        """`pools` by LLM; `models` are the entries of /v1/models; `status` is shown under /scepsy/status.
+
+        With a `recorder` every call is recorded, and the engines' own traces lie below what was recorded.
+        """
         self._pools = pools
         self._session = session
         self._models = models
         self._status = status
+        self._recorder = recorder
         self._draining = False
         self._in_flight: set[asyncio.Task[Any]] = set()
         self._metrics = _Metrics(pools)
@@ -75,8 +85,9 @@ class Gateway:
         if self._draining:
             return _unavailable("the deployment is stopping")
         body = await request.read()
-        name = model_name(body, request.content_type)
-        if name is None:
+        content = parsed(body)
+        name = content.get("model") if content is not None else form_model(body, request.content_type)
+        if not isinstance(name, str):
             if len(self._pools) > 1:
                 return _error(400, "the request names no model", "BadRequestError", "model")
             name = next(iter(self._pools))
@@ -84,18 +95,26 @@ class Gateway:
         if pool is None:
             known = ", ".join(self._pools)
             return _error(404, f"The model `{name}` does not exist. There are: {known}.", "NotFoundError", "model")
+        call = self._recorder.begin(request, content) if self._recorder is not None else None
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - handlers run in tasks
         self._in_flight.add(task)
-        started_s = time.perf_counter()
         try:
-            return await self._send(request, body, pool, name, started_s)
+            response = await self._send(request, body, pool, name, call)
+        except BaseException:
+            if call is not None:
+                call.end(cancelled=True)
+            raise
         finally:
             self._in_flight.discard(task)
+        if call is not None:
+            call.end(error=str(response.status) if response.status >= 400 else "")
+        return response
 
     async def _send(
-        self, request: web.Request, body: bytes, pool: Pool, name: str, started_s: float
+        self, request: web.Request, body: bytes, pool: Pool, name: str, call: RecordedCall | None
     ) -> web.StreamResponse:
+        started_s = time.perf_counter()
         tried: set[str] = set()
         lost = 0
         while True:
@@ -107,10 +126,15 @@ class Gateway:
             backend.outstanding += 1
             status = 499
             try:
-                async with exchange(self._session, request, body, backend.url) as answer:
+                carried = call.headers if call is not None else None
+                async with exchange(self._session, request, body, backend.url, carried) as answer:
                     status = answer.status
                     self._metrics.first_byte(name, started_s)
-                    response = await relay(request, answer, extra={REPLICA_HEADER: backend.id})
+                    if call is not None:
+                        call.note(REPLICA, backend.id)
+                        call.answered(answer)
+                    seen = call.chunk if call is not None else None
+                    response = await relay(request, answer, extra={REPLICA_HEADER: backend.id}, on_chunk=seen)
                     backend.served += 1
                     return response
             except NotConnectedError:
@@ -122,6 +146,8 @@ class Gateway:
                 tried.add(backend.id)
                 if lost == _LOST_ANSWERS:
                     return _error(502, f"{lost} replicas of `{name}` ended while answering", "BadGatewayError", None)
+                if call is not None:
+                    call.note(ATTEMPTS, lost + 1)
             except BrokenOffError:
                 status = 502
                 # The connection is closed; what is returned goes nowhere.
@@ -198,19 +224,25 @@ def _watch(outstanding: Gauge, ready: Gauge, backend: Backend) -> None:
     ready.labels(backend.llm, backend.id).set_function(lambda: float(backend.ready))
 
 
-def model_name(body: bytes, content_type: str) -> str | None:
-    """The model that a request's body names, in JSON or as a form field; None if it names none."""
-    if content_type == "multipart/form-data":
-        found = _FORM_MODEL.search(body)
-        return found[1].decode("utf-8", "replace") if found else None
-    if not body:
+def parsed(body: bytes) -> dict[str, Any] | None:
+    """A body that is a JSON object; None for any other."""
+    if body.lstrip()[:1] != b"{":
         return None
     try:
-        content = json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-    name = content.get("model") if isinstance(content, dict) else None
-    return name if isinstance(name, str) else None
+        content = orjson.loads(body)
+    except ValueError:
+        # What vLLM takes as well: NaN, Infinity, broken surrogates.
+        try:
+            content = json.loads(body)
+        except (ValueError, RecursionError):
+            return None
+    return content if isinstance(content, dict) else None
+
+
+def form_model(body: bytes, content_type: str) -> str | None:
+    """The model that a form names; None if it is none, or names none."""
+    found = _FORM_MODEL.search(body) if content_type == "multipart/form-data" else None
+    return found[1].decode("utf-8", "replace") if found else None
 
 
 def _unavailable(message: str) -> web.Response:

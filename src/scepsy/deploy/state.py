@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -15,12 +16,18 @@ from scepsy.deploy.processes import Identity, end, end_session
 from scepsy.deploy.specs import Engine, ReplicaSpec
 from scepsy_optimizer.errors import ScepsyError
 
+DETACH: Final = b"detach\n"
+"""What the starter writes to the controller's standard input so that the controller outlives it."""
+
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """What a controller is to start. Times in seconds; `mps_directory` is where an MPS daemon is to be started."""
+    """What a controller is to start. Times in seconds.
+
+    `mps_directory` is where an MPS daemon is to be started, `record` where calls are to be recorded.
+    """
 
     name: str
     engine: Engine
@@ -31,6 +38,7 @@ class Order:
     grace_s: float
     drain_s: float
     mps_directory: str | None = None
+    record: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
