@@ -7,7 +7,7 @@ TESTS ?= tests
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format test-vllm bench wheel clean
+.PHONY: help install demo test check format test-vllm test-browser bench wheel clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,7 +31,7 @@ demo: $(VENV)/.demo ## Trace three workflows on emulated GPUs, plan, deploy the 
 	$(BIN)/scepsy demo
 
 test: $(VENV)/.ready ## Run the tests (no GPU, no network)
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not vllm" $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not vllm and not browser" $(TESTS)
 
 check: $(VENV)/.ready ## Format, lint, types, import directions
 	$(BIN)/ruff format --check .
@@ -53,6 +53,9 @@ $(VLLM_VENV)/.ready:
 test-vllm: $(VENV)/.ready $(VLLM_VENV)/.ready ## Run the main job on the real vLLM, on CPU
 	$(BIN)/python -m pytest -m vllm tests/vllm
 
+test-browser: $(VENV)/.ready ## Open the report's page in a headless Chromium (one must be installed)
+	$(BIN)/python -m pytest -m browser tests/report
+
 bench: $(VENV)/.ready ## Run every benchmark
 	@for file in benchmarks/[a-z]*.py; do \
 	  name=$$(basename $$file .py); echo "== $$name"; $(BIN)/python -m benchmarks.$$name || failed="$$failed $$name"; \
@@ -64,7 +67,7 @@ wheel: $(VENV)/.ready ## Build the wheel, install it in a clean environment, run
 	$(PYTHON) -m venv build/wheel-venv
 	build/wheel-venv/bin/python -m pip install --quiet --upgrade pip
 	build/wheel-venv/bin/python -m pip install --quiet "$$(ls dist/*.whl)[dev]"
-	cd build && wheel-venv/bin/python -m pytest -n $(WORKERS) -m "not vllm" -c ../pyproject.toml --rootdir .. ../tests
+	cd build && wheel-venv/bin/python -m pytest -n $(WORKERS) -m "not vllm and not browser" -c ../pyproject.toml --rootdir .. ../tests
 
 clean: ## Remove environments and build products
 	rm -rf $(VENV) .venv-* dist build .mypy_cache .ruff_cache .pytest_cache
