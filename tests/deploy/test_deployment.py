@@ -11,6 +11,7 @@ import pytest
 
 from scepsy.deploy import deploy, find, list_deployments, stop
 from scepsy.files import save_plan
+from scepsy.traces import read_executions
 from scepsy_optimizer.errors import ScepsyError
 
 HELLO = [{"role": "user", "content": "hello there"}]
@@ -49,11 +50,12 @@ def replicas(deployment):
     return {replica.id: replica for replica in deployment.status().replicas}
 
 
-def test_emulators_behind_one_endpoint(home, make_profile, make_plan, make_part, process_table):
+def test_emulators_behind_one_endpoint(home, make_profile, make_plan, make_part, process_table, tmp_path):
     events = []
     plan = make_plan(make_part("gen", 0, 1), make_part("ver/2", 1, fraction=0.5, node="node1"), cluster="2x2xH100")
     profiles = {name: make_profile(name) for name in ("gen", "ver/2")}
-    with deploy(plan, engine="emulator", profiles=profiles, on_event=events.append) as deployment:
+    options = {"engine": "emulator", "profiles": profiles, "record": tmp_path / "traces"}
+    with deploy(plan, **options, on_event=events.append) as deployment:
         assert deployment.url.startswith("http://127.0.0.1:")
         with openai.OpenAI(base_url=deployment.url, api_key="x", max_retries=0) as client:
             texts = {
@@ -86,6 +88,10 @@ def test_emulators_behind_one_endpoint(home, make_profile, make_plan, make_part,
     assert events[0] == "starting 3 replicas of 2 LLMs (emulator)"
     assert sorted(event.split()[0] for event in events[1:]) == ["gen-0", "gen-1", "ver-2-0"]
     assert process_table() == []
+    # What the endpoint carried is one execution of an unknown program.
+    (execution,) = read_executions([tmp_path / "traces"]).executions
+    assert [span.call.llm for span in execution.calls] == ["gen"] * 4 + ["ver/2"]
+    assert len({span.call.output_tokens for span in execution.calls[:4]} - {0}) == 1
     assert list_deployments() == ()
     with pytest.raises(ScepsyError, match="has ended"):
         deployment.status()

@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from scepsy_optimizer.errors import ScepsyError
+
 if TYPE_CHECKING:
     from scepsy.collect.calls import Recorder
     from scepsy.collect.serve import Counts, collect, collecting
@@ -22,4 +24,7 @@ def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"scepsy.collect.{home}"), name)
+    try:
+        return getattr(import_module(f"scepsy.collect.{home}"), name)
+    except ModuleNotFoundError as error:
+        raise ScepsyError(f"collecting needs {error.name}: pip install 'scepsy[collect]'") from error

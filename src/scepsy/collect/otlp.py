@@ -13,7 +13,7 @@ from scepsy_optimizer.errors import ScepsyError
 
 PROTOBUF: Final = "application/x-protobuf"
 JSON: Final = "application/json"
-_LARGEST_BYTES: Final = 256 << 20
+_LARGEST_BYTES: Final = 64 << 20
 _LONGEST_TEXT: Final = 8192
 
 # Where the usual instrumentations put prompts and answers. Nothing that is read later lies there.
