@@ -10,17 +10,27 @@ from scepsy_optimizer.errors import ScepsyError
 # Usable memory per device in GiB, as NVML reports the total.
 DEVICE_MEMORY_GIB = {
     "A100": 79.2,
+    "A100_PCIE": 80.0,
+    "A10G": 22.5,
+    "A30": 24.0,
     "B200": 178.4,
     "B300": 267.7,
     "CPU": 4.0,
     "GB200": 184.9,
     "H100": 79.6,
+    "H100_PCIE": 79.6,
     "H200": 140.4,
+    "L4": 22.5,
     "L40S": 44.7,
+    "RTX_4090": 24.0,
+    "RTX_5090": 31.8,
+    "RTX_PRO_6000": 95.6,
 }
 
 # Devices whose tensor-parallel groups talk over PCIe: each is an NVLink domain of its own.
-_WITHOUT_NVLINK = frozenset({"L40S"})
+_WITHOUT_NVLINK = frozenset(
+    {"A100_PCIE", "A10G", "A30", "H100_PCIE", "L4", "L40S", "RTX_4090", "RTX_5090", "RTX_PRO_6000"}
+)
 
 _SHAPE = re.compile(r"^(?:(?P<nodes>\d+)x)?(?P<devices>\d+)x(?P<type>[A-Za-z0-9_]+)$")
 

@@ -109,21 +109,62 @@ def test_an_ungated_mlp_becomes_a_narrower_gated_one():
     assert accepted.attention_parameters == shape.attention_parameters
 
 
-def test_an_unknown_architecture_with_experts_is_refused():
+def test_an_unknown_architecture_with_experts_is_estimated_from_data_sheets(tmp_path):
     config = {
         "architectures": ["UnheardOfMoeForCausalLM"],
-        "hidden_size": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "vocab_size": 30522,
-        "num_experts": 8,
+        "hidden_size": 2048,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "vocab_size": 151936,
+        "num_experts": 64,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 1024,
     }
-    with pytest.raises(ScepsyError, match="UnheardOfMoeForCausalLM has experts"):
-        accepted_config(config, shape_of(config))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    profile = estimate(str(tmp_path), "H100")
+    assert "roofline" in profile.provenance.tool
+    assert "data sheets" in profile.provenance.note
+    assert [steps.tensor_parallel_size for steps in profile.steps] == [1, 2, 4, 8]
+
+
+def test_a_device_without_measured_kernels_is_estimated_from_its_data_sheet():
+    small, large = (estimate("Qwen/Qwen3-8B", device, tensor_parallel_sizes=(1,)) for device in ("L4", "H100"))
+    assert "roofline" in small.provenance.tool
+    assert "aiconfigurator" in large.provenance.tool
+    # A tenth of the bandwidth, an eighth of the arithmetic.
+    slow, fast = StepClock(small, 1, 1.0), StepClock(large, 1, 1.0)
+    assert slow.decode_s(1, 256) / fast.decode_s(1, 256) == pytest.approx(3350 / 300, rel=0.15)
+    assert slow.prefill_s(2048) / fast.prefill_s(2048) == pytest.approx(989 / 121, rel=0.15)
+
+
+def test_a_method_that_a_device_does_not_have():
+    with pytest.raises(ScepsyError, match="no kernels of L4: it has roofline"):
+        estimate("Qwen/Qwen3-8B", "L4", method="kernels")
+
+
+def test_answers_are_kept_on_disk_per_question(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCEPSY_CACHE", str(tmp_path))
+    first = estimate("Qwen/Qwen3-0.6B", "H100", tensor_parallel_sizes=(1,))
+    (file,) = (tmp_path / "estimates").iterdir()
+    # What is read is the file's content, whatever name is asked for.
+    file.write_text(file.read_text().replace("overhead_gib: ", "overhead_gib: 1"))
+    again = estimate("Qwen/Qwen3-0.6B", "H100", llm="reranker", tensor_parallel_sizes=(1,))
+    assert again.llm == "reranker"
+    assert again.at(1).overhead_gib == pytest.approx(first.at(1).overhead_gib + 10)
+    assert estimate("Qwen/Qwen3-0.6B", "H100", tensor_parallel_sizes=(1,), max_num_seqs=8).at(1).overhead_gib < 2
+    file.write_text("broken")
+    assert estimate("Qwen/Qwen3-0.6B", "H100", tensor_parallel_sizes=(1,)) == first
+
+
+def test_a_cache_that_cannot_be_written_is_none(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SCEPSY_CACHE", str(tmp_path / "file"))
+    assert estimate("Qwen/Qwen3-0.6B", "H100", tensor_parallel_sizes=(1,)).llm == "Qwen/Qwen3-0.6B"
 
 
 def test_unknown_devices_list_the_known():
-    with pytest.raises(ScepsyError, match=r"'H10' cannot be estimated; known: A100, .*H200.*Did you mean H100\?"):
+    with pytest.raises(ScepsyError, match=r"'H10' cannot be estimated; known: A100, .*H200.*L4.*Did you mean H100\?"):
         estimate("Qwen/Qwen3-8B", "H10")
 
 

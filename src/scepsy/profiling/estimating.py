@@ -1,14 +1,18 @@
-"""A profile without a GPU: step times from measured kernels, memory from the model's shape."""
+"""A profile without a GPU: step times from measured kernels or the data sheet, memory from the model's shape."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from difflib import get_close_matches
+from importlib.metadata import version
+from typing import Literal
 
+from scepsy.profiling.cache import cached_profile
 from scepsy.profiling.checkpoint import Checkpoint, find_checkpoint
-from scepsy.profiling.kernels import SYSTEMS, Kernels, measured_kernels, provenance_of
+from scepsy.profiling.kernels import SYSTEMS, Kernels, maps_to_known, measured_kernels, provenance_of
 from scepsy.profiling.memory import kv_bytes_per_token, overhead_gib, weights_gib
+from scepsy.profiling.roofline import DEVICES, roofline_kernels
 from scepsy.profiling.shape import ModelShape, shape_of
 from scepsy_optimizer.cluster import DEVICE_MEMORY_GIB
 from scepsy_optimizer.errors import ScepsyError
@@ -33,6 +37,17 @@ REQUEST_S = 0.02
 """Time to the first token beyond queue and prefill: HTTP, tokenising, and the way back. From the same points."""
 
 
+Method = Literal["kernels", "roofline"]
+
+METHODS: Mapping[Method, Mapping[str, object]] = {"kernels": SYSTEMS, "roofline": DEVICES}
+"""The device types of each method."""
+
+NOTES: Mapping[Method, str] = {
+    "kernels": "",
+    "roofline": "from data sheets: within about 10 % where kernels were measured, nobody has measured them here",
+}
+
+
 def estimate(
     model: str,
     device_type: str,
@@ -43,6 +58,7 @@ def estimate(
     max_num_seqs: int = 256,
     max_num_batched_tokens: int = 8192,
     quantization: str | None = None,
+    method: Method | None = None,
     host_s: float = HOST_S,
     request_s: float = REQUEST_S,
     date: str | None = None,
@@ -50,52 +66,110 @@ def estimate(
     """The profile of a model on a device type, without running it.
 
     `model` is a directory with a config.json or a Hugging Face id, `llm` the served name (default: the model's),
-    `quantization` what vLLM is told to quantise to beyond the checkpoint ("fp8"). Tensor-parallel sizes that the
-    model's heads cannot be split into are left out; `max_model_len` is cut to what the model was made for. `date` goes
-    into the provenance (default: today). Raises ScepsyError for an unknown model or device type, and where
+    `quantization` what vLLM is told to quantise to beyond the checkpoint ("fp8"). `method` is "kernels" (measured
+    ones, from aiconfigurator-core) or "roofline" (the device's data sheet); by default kernels where the device and
+    the model have been measured. Tensor-parallel sizes that the model's heads cannot be split into are left out;
+    `max_model_len` is cut to what the model was made for. `date` goes into the provenance (default: today). Answers
+    are kept on disk. Raises ScepsyError for an unknown model or device type, and where kernels are asked for and
     aiconfigurator-core is not installed.
     """
     device = known_device(device_type)
-    tool, engine = provenance_of(device)
+    method = method or ("kernels" if device in SYSTEMS else "roofline")
+    if device not in METHODS[method]:
+        raise ScepsyError(
+            f"no {method} of {device}: it has {' and '.join(name for name in METHODS if device in METHODS[name])}"
+        )
+    tool, engine = f"scepsy {version('scepsy')} roofline", "vllm"
+    kernels = provenance_of(device) if method == "kernels" else None
     checkpoint = find_checkpoint(model)
     shape = shape_of(checkpoint.config, quantization=quantization)
-    kernels = measured_kernels(
+    if kernels is not None and maps_to_known(shape):
+        tool, engine = kernels
+    else:
+        method = "roofline"
+
+    def make() -> LLMProfile:
+        times = _kernels(method, checkpoint, shape, device, tensor_parallel_sizes, max_num_seqs, quantization)
+        limits = max_num_seqs, max_num_batched_tokens, max(0.0, HOST_FLOOR_S - host_s)
+        return LLMProfile(
+            llm=llm or model,
+            model=model,
+            device_type=device,
+            device_memory_gib=DEVICE_MEMORY_GIB[device],
+            steps=tuple(_step_times(size, found, checkpoint, shape, *limits) for size, found in sorted(times.items())),
+            provenance=Provenance(
+                source="estimate",
+                tool=tool,
+                engine=engine,
+                date=date or datetime.now(UTC).date().isoformat(),
+                note=NOTES[method],
+            ),
+            host_s=host_s,
+            request_s=request_s,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=min(max_model_len, shape.max_position),
+        )
+
+    question = {
+        "scepsy": version("scepsy"),
+        "tool": tool,
+        "engine": engine,
+        "model": model,
+        "config": dict(checkpoint.config),
+        "weights_bytes": checkpoint.weights_bytes,
+        "device": device,
+        "tensor_parallel_sizes": list(tensor_parallel_sizes),
+        "limits": [max_model_len, max_num_seqs, max_num_batched_tokens],
+        "quantization": quantization,
+        "host_s": [host_s, HOST_FLOOR_S, request_s],
+        "date": date,
+    }
+    return cached_profile(question, llm or model, make)
+
+
+def _kernels(
+    method: Method,
+    checkpoint: Checkpoint,
+    shape: ModelShape,
+    device: str,
+    sizes: Sequence[int],
+    max_num_seqs: int,
+    quantization: str | None,
+) -> dict[int, Kernels]:
+    batch_sizes = [size for size in BATCH_SIZES if size <= max(max_num_seqs, BATCH_SIZES[0])]
+    if method == "roofline":
+        found = roofline_kernels(
+            shape,
+            DEVICES[device],
+            tensor_parallel_sizes=sizes,
+            batch_sizes=batch_sizes,
+            context_tokens=CONTEXT_TOKENS,
+            prefill_tokens=PREFILL_TOKENS,
+        )
+        if not found:
+            raise ScepsyError(
+                f"{checkpoint.model!r}: its {shape.heads} heads cannot be split into any of {list(sizes)}"
+            )
+        return found
+    return measured_kernels(
         checkpoint,
         shape,
         device,
-        tensor_parallel_sizes=tensor_parallel_sizes,
-        batch_sizes=[size for size in BATCH_SIZES if size <= max(max_num_seqs, BATCH_SIZES[0])],
+        tensor_parallel_sizes=sizes,
+        batch_sizes=batch_sizes,
         context_tokens=CONTEXT_TOKENS,
         prefill_tokens=PREFILL_TOKENS,
         quantization=quantization,
-    )
-    limits = max_num_seqs, max_num_batched_tokens, max(0.0, HOST_FLOOR_S - host_s)
-    return LLMProfile(
-        llm=llm or model,
-        model=model,
-        device_type=device,
-        device_memory_gib=DEVICE_MEMORY_GIB[device],
-        steps=tuple(_step_times(size, found, checkpoint, shape, *limits) for size, found in sorted(kernels.items())),
-        provenance=Provenance(
-            source="estimate",
-            tool=tool,
-            engine=engine,
-            date=date or datetime.now(UTC).date().isoformat(),
-        ),
-        host_s=host_s,
-        request_s=request_s,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_model_len=min(max_model_len, shape.max_position),
     )
 
 
 def known_device(device_type: str) -> str:
     """The device type in the spelling of the tables. Raises ScepsyError that lists the known ones."""
     device = device_type.upper()
-    if device in SYSTEMS and device in DEVICE_MEMORY_GIB:
+    known = sorted((SYSTEMS.keys() | DEVICES.keys()) & DEVICE_MEMORY_GIB.keys())
+    if device in known:
         return device
-    known = sorted(SYSTEMS.keys() & DEVICE_MEMORY_GIB.keys())
     close = get_close_matches(device, known, n=1)
     hint = f" Did you mean {close[0]}?" if close else ""
     raise ScepsyError(

@@ -157,20 +157,28 @@ def _engine_model(checkpoint: Checkpoint, shape: ModelShape) -> Iterator[str]:
         yield folder
 
 
+def maps_to_known(shape: ModelShape) -> bool:
+    """Whether aiconfigurator knows the architecture, or another one that costs the same: every dense one has one.
+
+    Raises ScepsyError where the library is missing.
+    """
+    _import()
+    from aiconfigurator_core.sdk.common import ARCHITECTURE_TO_MODEL_FAMILY
+
+    return not shape.experts or shape.architecture in ARCHITECTURE_TO_MODEL_FAMILY
+
+
 def accepted_config(config: Mapping[str, Any], shape: ModelShape) -> dict[str, Any]:
-    """A configuration that aiconfigurator accepts and that costs the same.
+    """A configuration that aiconfigurator accepts and that costs the same, for a shape that `maps_to_known`.
 
     An architecture that it knows is kept. Any other dense one becomes a Llama of the same sizes: attention and MLP
     matrices, vocabulary and heads decide a step's time, not norms, rotary embeddings or activations. An MLP without
-    gate has two matrices instead of three: its width shrinks by that third. Raises ScepsyError for unknown
-    architectures with experts.
+    gate has two matrices instead of three: its width shrinks by that third.
     """
     from aiconfigurator_core.sdk.common import ARCHITECTURE_TO_MODEL_FAMILY
 
     if shape.architecture in ARCHITECTURE_TO_MODEL_FAMILY:
         return dict(config)
-    if shape.experts:
-        raise ScepsyError(f"{shape.architecture} has experts and is not among the architectures that can be estimated")
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
