@@ -61,6 +61,9 @@ async def test_chat_and_its_counts(make_profile):
     assert metrics["vllm:generation_tokens_total"] == 2 * answer.usage.completion_tokens
     assert metrics["vllm:e2e_request_latency_seconds_count"] == 2
     assert metrics["vllm:time_to_first_token_seconds_count"] == 2
+    parts = [metrics[f"vllm:request_{part}_time_seconds_sum"] for part in ("queue", "prefill", "decode")]
+    assert sum(parts) == pytest.approx(metrics["vllm:e2e_request_latency_seconds_sum"], abs=1e-6)
+    assert sum(parts[1:]) == pytest.approx(metrics["vllm:request_inference_time_seconds_sum"], abs=1e-6)
     assert 0 < metrics["vllm:time_to_first_token_seconds_sum"] < metrics["vllm:e2e_request_latency_seconds_sum"]
     assert metrics["vllm:num_requests_running"] == metrics["vllm:num_requests_waiting"] == 0
     assert f'finished_reason="{choice.finish_reason}"' in text

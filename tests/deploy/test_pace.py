@@ -14,9 +14,9 @@ def offline(profile, requests):
     for index, (prompt, output) in enumerate(requests):
         engine.submit(index, prompt_tokens=prompt, output_tokens=output)
     now, ends = 0.0, {}
-    while (step := engine.step()) is not None:
-        now += step.duration_s
-        ends |= dict.fromkeys(step.finished, now)
+    while (stretch := engine.begin()) is not None:
+        now += stretch.steps * stretch.step_s
+        ends |= dict.fromkeys(engine.complete(stretch, stretch.steps), now)
     return ends
 
 
@@ -57,6 +57,29 @@ async def test_a_late_loop_catches_up(make_profile):
     await asyncio.wait([generation.done])
     expected = offline(profile, [(16, 60)])[0]
     assert generation.finished_s - begin_s == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_arrivals_and_departures_in_the_middle_change_the_next_step(make_profile, streamed):
+    """Stretches of steps cut short, or single steps for a stream: each request is timed as step by step."""
+    profile = make_profile()
+    loop = asyncio.get_running_loop()
+    paced = pacer(profile)
+    begin_s = loop.time()
+    first = paced.submit(prompt_tokens=16, output_tokens=40, arrived_s=begin_s)
+    left = paced.submit(prompt_tokens=16, output_tokens=400, arrived_s=begin_s, streamed=streamed)
+    await asyncio.sleep(0.05)
+    second = paced.submit(prompt_tokens=2000, output_tokens=10, arrived_s=loop.time())
+    await asyncio.sleep(0.05)
+    paced.abort(left)
+    await asyncio.wait([first.done, second.done])
+    # It was under way for whole steps of the first: at most one step (4-6 ms) lay between arrival and schedule.
+    assert 0 <= second.scheduled_s - second.arrived_s < 0.02
+    step_s = 0.0041
+    prefill_s = (second.first_token_s - second.scheduled_s) - step_s
+    assert prefill_s == pytest.approx(0.0407, abs=0.004)  # of 2000 tokens, by the profile
+    assert first.finished_s - begin_s == pytest.approx(40 * step_s + prefill_s, rel=0.1)
+    assert paced.engine.kv_used == 0
 
 
 async def test_an_idle_engine_starts_at_the_arrival(make_profile):

@@ -45,19 +45,29 @@ class Metrics:
             "vllm:request_time_per_output_token_seconds", "Decode time per token after the first.", _TOKEN_BUCKETS_S
         )
         self._whole = histogram("vllm:e2e_request_latency_seconds", "Arrival to last token.", _LATENCY_BUCKETS_S)
+        self._queue = histogram("vllm:request_queue_time_seconds", "Arrival to first step.", _LATENCY_BUCKETS_S)
+        self._prefill = histogram("vllm:request_prefill_time_seconds", "First step to first token.", _LATENCY_BUCKETS_S)
+        self._inference = histogram(
+            "vllm:request_inference_time_seconds", "First step to last token.", _LATENCY_BUCKETS_S
+        )
         self._decode = histogram("vllm:request_decode_time_seconds", "First to last token.", _LATENCY_BUCKETS_S)
 
     def finished(self, generation: Generation, reason: str) -> None:
         """Count a sequence that ended: `reason` is "stop", "length" or "abort"."""
         self._success.labels(**self._labels, finished_reason=reason).inc()
-        if generation.first_token_s is not None:
-            self._prompt.inc(generation.prompt_tokens)
-            self._first.observe(generation.first_token_s - generation.arrived_s)
-        if generation.finished_s is None or generation.first_token_s is None:
+        scheduled_s, first_s, finished_s = generation.scheduled_s, generation.first_token_s, generation.finished_s
+        if scheduled_s is None or first_s is None:
+            return
+        self._prompt.inc(generation.prompt_tokens)
+        self._first.observe(first_s - generation.arrived_s)
+        if finished_s is None:
             return
         self._generated.inc(generation.output_tokens)
-        self._whole.observe(generation.finished_s - generation.arrived_s)
-        decode_s = generation.finished_s - generation.first_token_s
+        self._whole.observe(finished_s - generation.arrived_s)
+        self._queue.observe(scheduled_s - generation.arrived_s)
+        self._prefill.observe(first_s - scheduled_s)
+        self._inference.observe(finished_s - scheduled_s)
+        decode_s = finished_s - first_s
         self._decode.observe(decode_s)
         if generation.output_tokens > 1:
             self._per_token.observe(decode_s / (generation.output_tokens - 1))
