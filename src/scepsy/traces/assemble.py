@@ -7,6 +7,7 @@ client's), and the request or engine span below one is detail; both lend what th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter
 from typing import Final
 
 from scepsy.traces.records import (
@@ -51,7 +52,10 @@ _STATUS_OF_CALL = {FAILED: FAILED_CALL, INTERRUPTED: STOPPED_CALL, FROM_CACHE: C
 class _Node:
     """A record in the tree of its trace, and what becomes of it."""
 
-    __slots__ = ("absorbed", "call", "calls_below", "children", "end_ns", "gone", "parent", "record", "start_ns")
+    __slots__ = (
+        "absorbed", "call", "calls_below", "children", "depth", "end_ns", "gone", "lent", "parent", "record",
+        "start_ns",
+    )  # fmt: skip
 
     def __init__(self, record: SpanRecord) -> None:
         self.record = record
@@ -59,11 +63,14 @@ class _Node:
         self.children: list[_Node] = []
         self.start_ns = record.start_ns
         self.end_ns = record.end_ns
+        self.depth = 0
         self.calls_below = 0
         self.call = False
         self.gone = False
         self.absorbed: _Node | None = None
         """The call that this span is a detail of."""
+        self.lent: list[SpanRecord] | None = None
+        """What a call may complete itself from: its details first, then the wrappers around it, inside out."""
 
 
 def assemble(
@@ -145,16 +152,20 @@ def _parent_of(node: _Node, nodes: dict[str, _Node]) -> _Node | None:
 
 def _preorder(roots: Sequence[_Node]) -> Iterator[_Node]:
     """Every parent before its children, and siblings in the order of their start."""
-    stack = sorted(roots, key=_latest_first)
+    stack = sorted(roots, key=_start, reverse=True)
     while stack:
         node = stack.pop()
         yield node
-        node.children.sort(key=_latest_first)
-        stack.extend(node.children)
+        children = node.children
+        if children:
+            children.sort(key=_start, reverse=True)
+            depth = node.depth + 1
+            for child in children:
+                child.depth = depth
+            stack.extend(children)
 
 
-def _latest_first(node: _Node) -> tuple[int, int, str]:
-    return (-node.start_ns, -node.end_ns, node.record.id)
+_start = attrgetter("start_ns")
 
 
 def _mend_times(order: Sequence[_Node], tally: Tally) -> None:
@@ -235,11 +246,11 @@ def _execution(
         spans.append(
             Span(id=above, parent=None, name=workflow, kind=WORKFLOW, start_s=0.0, end_s=(end_ns - start_ns) / 1e9)
         )
-    lent = _lent(order)
+    _lend(order)
     for node in kept:
         parent = _kept_parent(node)
         record = node.record
-        call = _call(node, lent.get(record.id, ()), name_llm, tally) if node.call else None
+        call = _call(node, name_llm, tally) if node.call else None
         kind = LLM if call is not None else STEP if record.kind in CALL_LIKE else record.kind
         spans.append(
             Span(
@@ -257,15 +268,13 @@ def _execution(
 
 def _workflow_name(order: Sequence[_Node]) -> str:
     """The name that a span gives the workflow, else the outermost workflow span's, else the root's."""
-    depth: dict[str, int] = {}
     best: tuple[int, int] | None = None
     name = ""
     for node in order:
-        level = depth[node.parent.record.id] + 1 if node.parent is not None else 0
-        depth[node.record.id] = level
-        given = node.record.workflow or (node.record.label if node.record.kind == WORKFLOW else "")
-        if given and (best is None or (level, node.start_ns) < best):
-            best, name = (level, node.start_ns), given
+        if (best is None or node.depth < best[0]) and (node.record.workflow or node.record.kind == WORKFLOW):
+            given = node.record.workflow or node.record.label
+            if given:
+                best, name = (node.depth, node.start_ns), given
     return name or order[0].record.label or order[0].record.name
 
 
@@ -276,17 +285,16 @@ def _kept_parent(node: _Node) -> _Node | None:
     return above
 
 
-def _lent(order: Sequence[_Node]) -> dict[str, list[SpanRecord]]:
-    """What each call may complete itself from: its details first, then the wrappers around it, inside out."""
-    lent: dict[str, list[SpanRecord]] = {}
+def _lend(order: Sequence[_Node]) -> None:
+    """Give each call what its details and wrappers tell."""
     for node in order:
         if node.absorbed is not None and node.absorbed is not node and node.record.kind in CALL_LIKE:
-            lent.setdefault(node.absorbed.record.id, []).append(node.record)
+            node.absorbed.lent = [*(node.absorbed.lent or ()), node.record]
     for node in order:
-        if not node.call:
-            continue
-        found = lent.setdefault(node.record.id, [])
         above = node.parent
+        if not node.call or above is None or above.record.kind not in CALL_LIKE:
+            continue
+        found = node.lent or []
         while above is not None and above.record.kind in CALL_LIKE:
             if above.gone:
                 found.append(above.record)
@@ -301,10 +309,10 @@ def _lent(order: Sequence[_Node]) -> dict[str, list[SpanRecord]]:
                     )
                 )
             above = above.parent
-    return lent
+        node.lent = found
 
 
-def _call(node: _Node, lent: Sequence[SpanRecord], name_llm: Callable[[str, str], str], tally: Tally) -> Call | None:
+def _call(node: _Node, name_llm: Callable[[str, str], str], tally: Tally) -> Call | None:
     record = node.record
     if record.status != OK:
         tally.dropped[_STATUS_OF_CALL[record.status]] += 1
@@ -312,7 +320,7 @@ def _call(node: _Node, lent: Sequence[SpanRecord], name_llm: Callable[[str, str]
     if record.end_ns <= 0:
         tally.dropped[UNENDED_CALL] += 1
         return None
-    for other in lent:
+    for other in node.lent or ():
         record = _completed(record, other)
     if not record.model:
         tally.dropped[NAMELESS_CALL] += 1

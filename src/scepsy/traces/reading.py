@@ -9,7 +9,7 @@ from pathlib import Path
 from scepsy.traces.assemble import assemble
 from scepsy.traces.dialects import normalise
 from scepsy.traces.matching import attached, match
-from scepsy.traces.records import CALL_LIKE, LLM, SpanRecord, Tally
+from scepsy.traces.records import LLM, SpanRecord, Tally
 from scepsy.traces.sources import find_files, read_spans
 from scepsy.traces.spool import Spool
 from scepsy_optimizer.errors import ScepsyError
@@ -65,13 +65,15 @@ def _executions(paths: Sequence[str | Path], tally: Tally) -> Iterator[tuple[int
     with Spool() as spool:
         detached: list[SpanRecord] = []
         for path in find_files(paths):
-            for raw in read_spans(path, tally):
-                record = normalise(raw)
-                names.saw(record)
-                if record.detached:
-                    detached.append(record)
-                else:
-                    spool.add(record)
+            for batch in read_spans(path, tally):
+                for raw in batch:
+                    record = normalise(raw)
+                    if record.endpoint:
+                        names.saw(record)
+                    if record.detached:
+                        detached.append(record)
+                    else:
+                        spool.add(record)
         moved = _reunite(detached, spool)
         whole = False
         for trace, records in spool.traces():
@@ -108,7 +110,7 @@ class LLMNames:
 
     def saw(self, record: SpanRecord) -> None:
         """Learn from a span."""
-        if record.endpoint and record.model and record.kind in CALL_LIKE:
+        if record.endpoint and record.model:
             self._endpoints.setdefault(record.model, set()).add(record.endpoint)
 
     def __call__(self, model: str, endpoint: str) -> str:

@@ -7,11 +7,11 @@ import gzip
 import io
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import orjson
+import msgspec
 
 from scepsy.traces.formats import (
     call_table,
@@ -19,6 +19,7 @@ from scepsy.traces.formats import (
     langfuse_export,
     otlp_json,
     otlp_proto,
+    otlp_typed,
     phoenix_export,
 )
 from scepsy.traces.records import RawSpan, Tally
@@ -33,6 +34,7 @@ NOT_JSON = "lines that are not JSON"
 NOT_SPANS = "JSON values without spans"
 TORN_MESSAGE = "messages cut off at the end of a file"
 
+_NOT_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _GZIP = b"\x1f\x8b"
 _ZSTD = b"\x28\xb5\x2f\xfd"
 _PARQUET = b"PAR1"
@@ -64,8 +66,8 @@ def find_files(paths: Sequence[str | Path]) -> list[Path]:
     return list(files.values())
 
 
-def read_spans(path: Path, tally: Tally) -> Iterator[RawSpan]:
-    """The spans of one file; `tally` counts what cannot be used.
+def read_spans(path: Path, tally: Tally) -> Iterator[Iterable[RawSpan]]:
+    """The spans of one file, in batches as they come; `tally` counts what cannot be used.
 
     Raises ScepsyError for a file that cannot be opened, and for one in which there is no trace at all.
     """
@@ -81,7 +83,7 @@ def read_spans(path: Path, tally: Tally) -> Iterator[RawSpan]:
         raise ScepsyError(f"{path}: cannot be read: {error}") from error
 
 
-def _spans(path: Path, stream: io.BufferedReader, tally: Tally) -> Iterator[RawSpan]:
+def _spans(path: Path, stream: io.BufferedReader, tally: Tally) -> Iterator[Iterable[RawSpan]]:
     start = stream.peek(4)[:4]
     if start[:2] == _GZIP:
         with gzip.open(stream, "rb") as inner:
@@ -93,7 +95,7 @@ def _spans(path: Path, stream: io.BufferedReader, tally: Tally) -> Iterator[RawS
         yield from _content(path, stream, tally)
 
 
-def _content(path: Path, stream: io.BufferedReader, tally: Tally) -> Iterator[RawSpan]:
+def _content(path: Path, stream: io.BufferedReader, tally: Tally) -> Iterator[Iterable[RawSpan]]:
     start = stream.peek(5)[:5]
     if start[:4] == _PARQUET:
         yield from _parquet(path, stream, tally)
@@ -101,7 +103,7 @@ def _content(path: Path, stream: io.BufferedReader, tally: Tally) -> Iterator[Ra
         yield from _messages(path, stream, tally)
     elif start[:1] == b"\n" and start[1:2] not in (b"", b"\n", b"\r", b" ", b"\t", b"{", b"["):
         # A tag of protobuf: field 1, with the length of the first resource's spans.
-        yield from otlp_proto.spans(stream.read(), tally)
+        yield otlp_proto.spans(stream.read(), tally)
     elif start.lstrip()[:1] not in (b"{", b"[", b"") and any(
         sign in stream.peek(_HEADER).split(b"\n")[0] for sign in _DELIMITERS
     ):
@@ -110,16 +112,20 @@ def _content(path: Path, stream: io.BufferedReader, tally: Tally) -> Iterator[Ra
         yield from _json(path, stream, tally)
 
 
-def _json(path: Path, stream: io.BufferedReader, tally: Tally) -> Iterator[RawSpan]:
+def _json(path: Path, stream: io.BufferedReader, tally: Tally) -> Iterator[Iterable[RawSpan]]:
     """Values line by line, or one value over many lines."""
     found = lines = 0
     for line in stream:
         if line.isspace():
             continue
         lines += 1
+        if (request := otlp_typed.decode(line)) is not None:
+            found += 1
+            yield otlp_typed.spans(request, tally)
+            continue
         try:
-            value = orjson.loads(line)
-        except orjson.JSONDecodeError:
+            value = msgspec.json.decode(line)
+        except _NOT_JSON:
             if lines == 1 and (whole := _whole(line, stream)) is not None:
                 value = whole
             elif line.endswith(b"\n"):
@@ -134,7 +140,7 @@ def _json(path: Path, stream: io.BufferedReader, tally: Tally) -> Iterator[RawSp
                 tally.dropped[NOT_SPANS] += 1
             else:
                 found += 1
-                yield from reader.spans(item, tally)
+                yield reader.spans(item, tally)
     if not found:
         was = "nothing: it is empty" if not lines else f"{lines} lines, none of them a complete one"
         raise ScepsyError(
@@ -151,8 +157,8 @@ def _whole(first: bytes, stream: io.BufferedReader) -> Any:
     if first.strip() not in (b"{", b"[") and not first.rstrip().endswith((b",", b"{", b"[")):
         return None
     try:
-        return orjson.loads(first + stream.read())
-    except orjson.JSONDecodeError:
+        return msgspec.json.decode(first + stream.read())
+    except _NOT_JSON:
         return None
 
 
@@ -170,7 +176,7 @@ def _items(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _messages(path: Path, stream: io.BufferedReader, tally: Tally) -> Iterator[RawSpan]:
+def _messages(path: Path, stream: io.BufferedReader, tally: Tally) -> Iterator[Iterable[RawSpan]]:
     """Messages with their length before them, each JSON or protobuf, each possibly compressed by itself."""
     while prefix := stream.read(4):
         size = int.from_bytes(prefix)
@@ -188,10 +194,10 @@ def _messages(path: Path, stream: io.BufferedReader, tally: Tally) -> Iterator[R
         if message[:1] == b"{":
             yield from _json(path, io.BufferedReader(io.BytesIO(message)), tally)
         else:
-            yield from otlp_proto.spans(message, tally)
+            yield otlp_proto.spans(message, tally)
 
 
-def _csv(path: Path, stream: io.BufferedReader, tally: Tally) -> Iterator[RawSpan]:
+def _csv(path: Path, stream: io.BufferedReader, tally: Tally) -> Iterator[Iterable[RawSpan]]:
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
     header = text.readline()
     delimiter = max(",;\t", key=header.count)
@@ -205,7 +211,7 @@ def _csv(path: Path, stream: io.BufferedReader, tally: Tally) -> Iterator[RawSpa
         text.detach()
 
 
-def _parquet(path: Path, stream: io.BufferedReader, tally: Tally) -> Iterator[RawSpan]:
+def _parquet(path: Path, stream: io.BufferedReader, tally: Tally) -> Iterator[Iterable[RawSpan]]:
     try:
         from pyarrow import ArrowException, parquet  # type: ignore[import-untyped] # ships no types
     except ImportError as error:
@@ -220,13 +226,15 @@ def _parquet(path: Path, stream: io.BufferedReader, tally: Tally) -> Iterator[Ra
         raise ScepsyError(f"{path}: not a readable Parquet file: {error}") from error
 
 
-def _rows(path: Path, rows: Iterator[Mapping[str, Any]], columns: Sequence[str], tally: Tally) -> Iterator[RawSpan]:
+def _rows(
+    path: Path, rows: Iterator[Mapping[str, Any]], columns: Sequence[str], tally: Tally
+) -> Iterator[Iterable[RawSpan]]:
     if phoenix_export.recognises(dict.fromkeys(columns)):
         for row in rows:
-            yield from phoenix_export.spans(row, tally)
+            yield phoenix_export.spans(row, tally)
     else:
         workflow = path.name.split(".")[0]
-        yield from call_table.spans(rows, columns, workflow=workflow, place=str(path), tally=tally)
+        yield call_table.spans(rows, columns, workflow=workflow, place=str(path), tally=tally)
 
 
 def _zstandard() -> Any:

@@ -23,7 +23,7 @@ class Spool:
     To be used as a context manager, so that its file goes away.
     """
 
-    def __init__(self, *, limit: int = 100_000) -> None:
+    def __init__(self, *, limit: int = 20_000) -> None:
         self._limit = limit
         self._held = 0
         self._parts: list[list[tuple[object, ...]]] = [[] for _ in range(_PARTS)]
@@ -41,7 +41,7 @@ class Spool:
 
     def add(self, record: SpanRecord) -> None:
         """Set a record aside."""
-        self._parts[hash(record.trace) % _PARTS].append(record)
+        self._parts[hash(record[0]) % _PARTS].append(record)
         self._held += 1
         if self._held >= self._limit:
             self._write_out()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from scepsy.traces.dialects import engine, langfuse, openinference, opentelemetry, traceloop
-from scepsy.traces.dialects.table import Dialect, translate
+from scepsy.traces.dialects.table import Dialect, Plan, translate
 from scepsy.traces.records import RawSpan, SpanRecord
 
 DIALECTS: Final[tuple[Dialect, ...]] = (
@@ -17,10 +17,24 @@ DIALECTS: Final[tuple[Dialect, ...]] = (
 )
 """In the order in which they are asked. The last one takes every span."""
 
+WANTED: Final = frozenset[str]().union(*(dialect.wanted for dialect in DIALECTS))
+"""Every attribute key that any of them looks at. The rest, prompts among them, need not be kept."""
+
+_MOST_PLANS = 10_000
+_plans: dict[tuple[str, ...], Plan] = {}
+
 
 def normalise(raw: RawSpan) -> SpanRecord:
     """The span in Scepsy's words, by the first dialect that recognises it."""
-    for dialect in DIALECTS:
-        if dialect.recognises(raw):
-            return translate(raw, dialect)
-    raise AssertionError("the last dialect takes every span")
+    keys = tuple(raw.attributes)
+    plan = _plans.get(keys)
+    if plan is None:
+        plan = Plan(next(dialect for dialect in DIALECTS if _recognises(dialect, keys)), keys)
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        _plans[keys] = plan
+    return translate(raw, plan)
+
+
+def _recognises(dialect: Dialect, keys: tuple[str, ...]) -> bool:
+    return not dialect.marks or any(mark in keys for mark in dialect.marks)

@@ -7,13 +7,6 @@ from typing import Final
 from scepsy.traces.dialects.table import Dialect, Keys, text
 from scepsy.traces.records import SERVER, RawSpan, SpanRecord
 
-_MARKS = ("gen_ai.latency.e2e", "gen_ai.latency.time_in_queue", "gen_ai.latency.time_to_first_token")
-
-
-def _recognises(raw: RawSpan) -> bool:
-    attributes = raw.attributes
-    return any(mark in attributes for mark in _MARKS)
-
 
 def _kind(_raw: RawSpan) -> str:
     return SERVER
@@ -27,7 +20,7 @@ def _refine(raw: RawSpan, record: SpanRecord) -> SpanRecord:
 
 DIALECT: Final = Dialect(
     name="engine",
-    recognises=_recognises,
+    marks=("gen_ai.latency.e2e", "gen_ai.latency.time_in_queue", "gen_ai.latency.time_to_first_token"),
     kind=_kind,
     keys=Keys(
         model=("gen_ai.request.model", "gen_ai.response.model"),

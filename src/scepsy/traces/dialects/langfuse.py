@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, Final
+
+import msgspec
 
 from scepsy.traces.dialects.table import Dialect, Keys, number
 from scepsy.traces.records import AGENT, FAILED, LLM, STEP, TOOL, WORKFLOW, RawSpan, SpanRecord
@@ -20,10 +21,6 @@ TRACE_NAME: Final = "langfuse.trace.name"
 _KINDS: Final = {"generation": LLM, "embedding": LLM, "tool": TOOL, "retriever": TOOL, "agent": AGENT}
 _SIDES = ("input", "output")
 _READ_FROM_CACHE = ("input_cache_read", "cache_read_input_tokens", "input_cached_tokens", "input_cached")
-
-
-def _recognises(raw: RawSpan) -> bool:
-    return TYPE in raw.attributes
 
 
 def _kind(raw: RawSpan) -> str:
@@ -81,14 +78,14 @@ def _parsed(value: object) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
+        return msgspec.json.decode(value)
+    except (msgspec.MsgspecError, RecursionError):
         return value
 
 
 DIALECT: Final = Dialect(
     name="Langfuse",
-    recognises=_recognises,
+    marks=(TYPE,),
     kind=_kind,
     keys=Keys(
         workflow=(TRACE_NAME,),
@@ -96,5 +93,6 @@ DIALECT: Final = Dialect(
         address=("server.address",),
         port=("server.port",),
     ),
+    also=(USAGE, FIRST_CHUNK_AT, LEVEL, METADATA),
     refine=_refine,
 )

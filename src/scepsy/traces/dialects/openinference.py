@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any, Final
+
+import msgspec
 
 from scepsy.traces.dialects.table import Dialect, Keys, text
 from scepsy.traces.records import AGENT, LLM, STEP, TOOL, WORKFLOW, RawSpan, SpanRecord
@@ -19,10 +20,6 @@ _GENERIC = re.compile(
     r"(Runnable\w*|ChatPromptTemplate|PromptTemplate|\w*OutputParser|LangGraph|_write|\w*Channel\w*|branch:.*"
     r"|\w*(LLM|OpenAI|OpenAILike)\.\w+)(<.*>)?"
 )
-
-
-def _recognises(raw: RawSpan) -> bool:
-    return "openinference.span.kind" in raw.attributes
 
 
 def _kind(raw: RawSpan) -> str:
@@ -57,15 +54,15 @@ def _refine(raw: RawSpan, record: SpanRecord) -> SpanRecord:
 def _requested_model(attributes: Mapping[str, Any]) -> str:
     written = attributes.get("llm.invocation_parameters")
     try:
-        given = json.loads(written) if isinstance(written, str) else {}
-    except (ValueError, RecursionError):
+        given = msgspec.json.decode(written) if isinstance(written, str) else {}
+    except (msgspec.MsgspecError, RecursionError):
         return ""
     return text(given, ("model", "model_name")) if isinstance(given, dict) else ""
 
 
 DIALECT: Final = Dialect(
     name="OpenInference",
-    recognises=_recognises,
+    marks=("openinference.span.kind",),
     kind=_kind,
     keys=Keys(
         label=("agent.name", "tool.name", "graph.node.name", "graph.node.id"),
@@ -77,5 +74,6 @@ DIALECT: Final = Dialect(
         output_tokens=("llm.token_count.completion",),
         cached_tokens=("llm.token_count.prompt_details.cache_read",),
     ),
+    also=("llm.invocation_parameters",),
     refine=_refine,
 )

@@ -40,11 +40,6 @@ _OWN_KINDS: Final = {
 _OUTCOMES: Final = {"cancelled": FAILED, "interrupted": INTERRUPTED, "abandoned": INTERRUPTED}
 
 
-def _every(raw: RawSpan) -> bool:
-    """Every span: one that names nothing is a step."""
-    return bool(raw.id)
-
-
 def _kind(raw: RawSpan) -> str:
     attributes = raw.attributes
     if attributes.get(semconv.TRANSPORT) is True:
@@ -76,7 +71,7 @@ def _refine(raw: RawSpan, record: SpanRecord) -> SpanRecord:
 
 DIALECT: Final = Dialect(
     name="OpenTelemetry",
-    recognises=_every,
+    marks=(),
     kind=_kind,
     keys=Keys(
         label=(semconv.AGENT_NAME, semconv.TOOL_NAME, semconv.WORKFLOW_NAME),
@@ -93,5 +88,7 @@ DIALECT: Final = Dialect(
         queue_s=(semconv.QUEUE_S,),
         error=(semconv.ERROR_TYPE,),
     ),
+    also=(semconv.TRANSPORT, semconv.KIND, semconv.OPERATION),
     refine=_refine,
+    refine_if=(semconv.OUTCOME, semconv.CACHE_HIT, semconv.WASTED_S, semconv.RETRY_WAIT_S),
 )

@@ -1,11 +1,15 @@
-"""What a dialect is, and the one reader of them all."""
+"""What a dialect is, and the one reader of them all.
+
+Spans of one kind from one instrumentation have the same attribute keys. So what a table says of them, which dialect it
+is and which of its keys are there, is worked out once for each set of keys and looked up after that.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Final
 
 from scepsy.traces.records import CALL_LIKE, FAILED, OK, RawSpan, SpanRecord
 
@@ -35,63 +39,95 @@ class Keys:
 class Dialect:
     """How one family of instrumentations writes its spans.
 
-    `kind` names the kind of a recognised span. `refine` corrects what a table cannot say: it gets the span and its
-    translation and returns a better one.
+    A span is of this dialect if it has one of `marks`; no marks take every span. `kind` names the kind of such a span.
+    `refine` corrects what a table cannot say: it gets the span and its translation and returns a better one; with
+    `refine_if` it is asked only about spans that have one of these keys. `also` names the other keys that the two look
+    at: attributes that no dialect names are not even read.
     """
 
     name: str
-    recognises: Callable[[RawSpan], bool]
+    marks: Sequence[str]
     kind: Callable[[RawSpan], str]
     keys: Keys
+    also: Sequence[str] = ()
     refine: Callable[[RawSpan, SpanRecord], SpanRecord] | None = None
+    refine_if: Sequence[str] = ()
+
+    @property
+    def wanted(self) -> frozenset[str]:
+        """Every attribute key that it looks at."""
+        told = (key for fact in fields(Keys) for key in getattr(self.keys, fact.name))
+        return frozenset((*self.marks, *self.also, *self.refine_if, *told))
 
 
-def translate(raw: RawSpan, dialect: Dialect) -> SpanRecord:
+_TEXTS: Final = ("workflow", "role", "model", "response_id")
+_COUNTS: Final = ("input_tokens", "output_tokens", "cached_tokens")
+_SECONDS: Final = ("time_to_first_token_s", "queue_s")
+_NOTHING_TOLD: Final = tuple(SpanRecord._field_defaults.values())
+
+
+class Plan:
+    """How spans with one set of keys are read: which facts their keys can tell."""
+
+    __slots__ = ("address", "dialect", "error", "label", "numbers", "port", "refine", "texts", "workflow")
+
+    def __init__(self, dialect: Dialect, keys: Sequence[str]) -> None:
+        def present(fact: str) -> tuple[str, ...]:
+            return tuple(key for key in getattr(dialect.keys, fact) if key in keys)
+
+        def found(facts: Sequence[str]) -> list[tuple[int, tuple[str, ...]]]:
+            return [(SpanRecord._fields.index(fact), told) for fact in facts if (told := present(fact))]
+
+        self.dialect = dialect
+        self.label = present("label")
+        self.workflow = present("workflow")
+        self.error = present("error")
+        self.address = present("address")
+        self.port = present("port")
+        self.texts = found(_TEXTS)
+        self.numbers = [
+            *((index, told, int) for index, told in found(_COUNTS)),
+            *((index, told, float) for index, told in found(_SECONDS)),
+        ]
+        asked = not dialect.refine_if or any(key in keys for key in dialect.refine_if)
+        self.refine = dialect.refine if asked else None
+
+
+_ENDPOINT: Final = SpanRecord._fields.index("endpoint")
+
+
+def translate(raw: RawSpan, plan: Plan) -> SpanRecord:
     """The span in Scepsy's words."""
-    keys = dialect.keys
     attributes = raw.attributes
-    kind = dialect.kind(raw)
-    failed = raw.failed or bool(keys.error and text(attributes, keys.error))
+    kind = plan.dialect.kind(raw)
+    failed = raw.failed or (plan.error and text(attributes, plan.error))
+    status = FAILED if failed else OK
     if kind in CALL_LIKE:
-        address = text(attributes, keys.address)
-        port = count(attributes, keys.port) if address else None
-        record = SpanRecord(
-            raw.trace,
-            raw.id,
-            raw.parent,
-            raw.name,
-            kind,
-            raw.start_ns,
-            raw.end_ns,
-            FAILED if failed else OK,
-            raw.remote_parent,
-            "",
-            text(attributes, keys.workflow),
-            text(attributes, keys.role),
-            text(attributes, keys.model),
-            address if port is None else f"{address}:{port}",
-            text(attributes, keys.response_id),
-            count(attributes, keys.input_tokens),
-            count(attributes, keys.output_tokens),
-            count(attributes, keys.cached_tokens),
-            seconds(attributes, keys.time_to_first_token_s),
-            seconds(attributes, keys.queue_s),
-        )
+        told: list[Any] = [
+            raw.trace, raw.id, raw.parent, raw.name, kind, raw.start_ns, raw.end_ns, status, raw.remote_parent, "", "",
+            *_NOTHING_TOLD,
+        ]  # fmt: skip
+        for index, keys in plan.texts:
+            told[index] = text(attributes, keys)
+        for index, keys, make in plan.numbers:
+            for key in keys:
+                value = number(attributes[key])
+                if value is not None:
+                    told[index] = make(value)
+                    break
+        if plan.address:
+            address = text(attributes, plan.address)
+            port = number(attributes[plan.port[0]]) if plan.port and address else None
+            told[_ENDPOINT] = address if port is None else f"{address}:{int(port)}"
+        record = SpanRecord._make(told)
     else:
+        label = (plan.label and text(attributes, plan.label)) or raw.name[:_LONGEST_NAME]
+        workflow = text(attributes, plan.workflow) if plan.workflow else ""
         record = SpanRecord(
-            raw.trace,
-            raw.id,
-            raw.parent,
-            raw.name,
-            kind,
-            raw.start_ns,
-            raw.end_ns,
-            FAILED if failed else OK,
-            raw.remote_parent,
-            text(attributes, keys.label) or raw.name[:_LONGEST_NAME],
-            text(attributes, keys.workflow),
-        )
-    return record if dialect.refine is None else dialect.refine(raw, record)
+            raw.trace, raw.id, raw.parent, raw.name, kind, raw.start_ns, raw.end_ns, status, raw.remote_parent, label,
+            workflow,
+        )  # fmt: skip
+    return record if plan.refine is None else plan.refine(raw, record)
 
 
 def text(attributes: Mapping[str, Any], keys: Sequence[str]) -> str:
@@ -103,30 +139,10 @@ def text(attributes: Mapping[str, Any], keys: Sequence[str]) -> str:
     return ""
 
 
-def count(attributes: Mapping[str, Any], keys: Sequence[str]) -> int | None:
-    """The first of `keys` that holds a whole number of at least 0 (-1 is a known placeholder), else None."""
-    for key in keys:
-        value = attributes.get(key)
-        if value is not None:
-            found = number(value)
-            if found is not None:
-                return int(found)
-    return None
-
-
-def seconds(attributes: Mapping[str, Any], keys: Sequence[str]) -> float | None:
-    """The first of `keys` that holds a time of at least 0, else None."""
-    for key in keys:
-        value = attributes.get(key)
-        if value is not None:
-            found = number(value)
-            if found is not None:
-                return float(found)
-    return None
-
-
 def number(value: object) -> int | float | None:
-    """A finite number of at least 0, also when it was written as text; else None."""
+    """A finite number of at least 0 (-1 is a known placeholder), also when it was written as text; else None."""
+    if type(value) is int:
+        return value if value >= 0 else None
     if isinstance(value, str):
         try:
             value = float(value)

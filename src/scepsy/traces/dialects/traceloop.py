@@ -14,11 +14,6 @@ _KINDS: Final = {"workflow": WORKFLOW, "agent": AGENT, "tool": TOOL, "task": STE
 _REQUESTS = frozenset({"chat", "completion", "embedding", "rerank"})
 
 
-def _recognises(raw: RawSpan) -> bool:
-    attributes = raw.attributes
-    return any(mark in attributes for mark in _MARKS)
-
-
 def _kind(raw: RawSpan) -> str:
     attributes = raw.attributes
     operation = text(attributes, ("gen_ai.operation.name",))
@@ -39,7 +34,7 @@ def _refine(raw: RawSpan, record: SpanRecord) -> SpanRecord:
 
 DIALECT: Final = Dialect(
     name="Traceloop",
-    recognises=_recognises,
+    marks=_MARKS,
     kind=_kind,
     keys=Keys(
         label=("traceloop.entity.name", "gen_ai.agent.name", "gen_ai.tool.name"),
@@ -54,5 +49,6 @@ DIALECT: Final = Dialect(
         time_to_first_token_s=("gen_ai.response.time_to_first_chunk",),
         error=("error.type",),
     ),
+    also=("gen_ai.operation.name",),
     refine=_refine,
 )

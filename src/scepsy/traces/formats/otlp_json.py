@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+from scepsy.traces.dialects import WANTED
 from scepsy.traces.records import Event, RawSpan, Tally
 
 BROKEN: Final = "spans that are not in OTLP's form"
@@ -56,11 +57,7 @@ def _span(span: Mapping[str, Any], scope: str, resource: Mapping[str, Any]) -> R
         int(span["startTimeUnixNano"]),
         int(span.get("endTimeUnixNano", 0)),
         scope,
-        # One comprehension for the common case: nearly all time goes into attributes.
-        {
-            pair["key"]: value["stringValue"] if "stringValue" in (value := pair["value"]) else _value(value)
-            for pair in span.get("attributes", ())
-        },
+        {pair["key"]: _value(pair["value"]) for pair in span.get("attributes", ()) if pair["key"] in WANTED},
         resource,
         status is not None and status.get("code") in _STATUS_ERROR,
         remote_parent(int(span.get("flags", 0))),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final
 
+from scepsy.traces.dialects import WANTED
 from scepsy.traces.formats.otlp_json import remote_parent
 from scepsy.traces.records import Event, RawSpan, Tally
 from scepsy_optimizer.errors import ScepsyError
@@ -44,7 +45,7 @@ def spans(message: bytes, tally: Tally) -> Iterator[RawSpan]:
                     span.start_time_unix_nano,
                     span.end_time_unix_nano,
                     scope,
-                    {pair.key: _value(pair.value) for pair in span.attributes},
+                    {pair.key: _value(pair.value) for pair in span.attributes if pair.key in WANTED},
                     resource,
                     span.status.code == _STATUS_ERROR,
                     remote_parent(span.flags),
