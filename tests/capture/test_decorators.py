@@ -219,10 +219,10 @@ def test_an_abandoned_generator_ends_where_it_was_left(recorded):
 
     generator = writer()
     next(generator)
-    time.sleep(0.05)
+    left_ns = time.time_ns()
+    time.sleep(0.02)
     del generator
-    span = recorded.named("invoke_agent writer")
-    assert span.end_time - span.start_time < 30_000_000
+    assert recorded.named("invoke_agent writer").end_time < left_ns + 2_000_000
 
 
 async def test_async_generators_too(recorded):

@@ -40,7 +40,8 @@ def _server():
 
 
 @pytest.fixture
-def server(_server):
+async def server(_server):
     """A server of the OpenAI API on this machine; what it saw is what was really called."""
     _server.seen.clear()
-    return _server
+    yield _server
+    await _server.close_clients()

@@ -14,6 +14,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 
+import httpx
 from aiohttp import web
 
 INPUT_TOKENS, CACHED_TOKENS, OUTPUT_TOKENS, REASONING_TOKENS = 9, 4, 5, 2
@@ -28,6 +29,7 @@ class Seen:
     start_ns: int
     status: int = 0
     end_ns: int = 0
+    last_piece_ns: int = 0
     streamed: bool = False
     disconnected: bool = False
 
@@ -36,6 +38,21 @@ class Seen:
 class Loopback:
     url: str = ""
     seen: list[Seen] = field(default_factory=list)
+    _clients: list = field(default_factory=list)
+
+    def http_clients(self):
+        """Connections for one client of a framework, which would otherwise never close its own."""
+        made = {"http_client": httpx.Client(), "http_async_client": httpx.AsyncClient()}
+        self._clients += made.values()
+        return made
+
+    async def close_clients(self):
+        for client in self._clients:
+            if isinstance(client, httpx.Client):
+                client.close()
+            else:
+                await client.aclose()
+        self._clients.clear()
 
     @property
     def good(self):
@@ -158,6 +175,7 @@ class Loopback:
         for index in range(count):
             for event in self._pieces(seen, index, count):
                 await self._send(out, event)
+            seen.last_piece_ns = time.time_ns()
             if "cut" in wishes and index == 1:
                 request.transport.abort()
                 return out

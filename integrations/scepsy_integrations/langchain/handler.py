@@ -29,7 +29,7 @@ _HIDDEN_TAG: Final = "langsmith:hidden"
 _PURE_RUN_TYPES: Final = frozenset({"prompt", "parser"})
 _PREBUILT_NODES: Final = frozenset({"agent", "model", "call_model"})
 _NAMED_GRAPHS: Final = frozenset({semconv.KIND_AGENT, semconv.KIND_WORKFLOW})
-_ALIAS_LIMIT: Final = 100_000
+_ALIAS_LIMIT: Final = 10_000
 
 
 class _Link:
@@ -56,7 +56,6 @@ class ScepsyCallbackHandler(BaseCallbackHandler):
 
     run_inline = True
     ignore_retry = True
-    ignore_agent = True
     ignore_custom_event = True
 
     def __init__(self) -> None:

@@ -38,7 +38,7 @@ from scepsy.capture import (
 )
 
 _UUID_LENGTH: Final = 36
-_LIMIT: Final = 100_000
+_LIMIT: Final = 10_000
 
 _TRANSPARENT: Final = frozenset({"BaseLLM", "BaseEmbedding", "NodeParser"})
 """Models and embeddings are told by their events; parsers of text call nothing."""
@@ -72,7 +72,7 @@ class ScepsySpanHandler(BaseSpanHandler[BaseSpan]):
         """A dispatcher span begins."""
         if muted() or id_ in recorder.open:
             return
-        ancestry = _ancestry(type(instance))
+        ancestry = _ancestry(type(instance))  # type: ignore[arg-type] # mypy does not know that types are hashable
         if not ancestry.isdisjoint(_TRANSPARENT):
             _bounded(_passed, id_, _first_open(parent_id) or _above(parent_id))
             return
@@ -301,9 +301,10 @@ def _current() -> Handle | None:
     """The call or span of LlamaIndex that the caller is in."""
     span_id = active_span_id.get()
     if span_id is not None:
-        for call in _calls.get(span_id, ()):
-            if call.live and (call.accepting or call.exchange is not None):
-                return call
+        calls = [call for call in _calls.get(span_id, ()) if call.live]
+        if calls:
+            # Several batches of an embedding are opened before the first is sent; they are sent in their order.
+            return next((call for call in calls if call.accepting), calls[0])
         found = _above(span_id)
     else:
         found = None

@@ -64,9 +64,14 @@ def _leave(tokens: tuple[Token[Exchange | None], object] | None) -> None:
 
 @harmless
 def _answered(exchange: Exchange, answer: Any) -> None:
-    if not watch(exchange, answer):
-        describe(exchange, answer)
-        exchange.succeed()
+    followed = False
+    try:
+        followed = watch(exchange, answer)
+        if not followed:
+            describe(exchange, answer)
+    finally:
+        if not followed:
+            exchange.succeed()
 
 
 @harmless
