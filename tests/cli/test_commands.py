@@ -1,5 +1,11 @@
 """The commands as their user meets them: what they print, write and refuse."""
 
+import json
+import signal
+import subprocess
+import sys
+
+import httpx
 import pytest
 
 from scepsy.cli import main
@@ -13,6 +19,39 @@ def test_report_shows_what_each_llm_does(scepsy, traces):
     assert "20 executions (20 essay)" in out
     assert "generator" in out
     assert "writer" in out
+
+
+def test_report_for_programs_and_for_a_browser(scepsy, traces, tmp_path):
+    code, out, _ = scepsy("report", traces, "--json", "--html", tmp_path / "report.html")
+    assert code == 0
+    summary = json.loads(out)
+    assert summary["executions"] == 20
+    assert summary["calls"] == 60
+    page = (tmp_path / "report.html").read_text()
+    assert page.lstrip().lower().startswith("<!doctype html>")
+    assert "generator" in page
+    code, _, err = scepsy("report", traces, "--html", tmp_path / "report.html" / "below")
+    assert code == 2
+    assert "below" in err
+
+
+def test_collect_records_what_it_passes_on_until_it_is_told_to_end(traces, tmp_path, scepsy):
+    """As a process of its own: it ends by a signal."""
+    folder = tmp_path / "collected"
+    words = [sys.executable, "-m", "scepsy", "collect", "-o", str(folder), "--port", "0"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as child:
+        try:
+            assert child.stdout is not None
+            address = child.stdout.readline().strip().removeprefix("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT=")
+            for line in (traces / "spans.jsonl").read_text().splitlines():
+                answer = httpx.post(address, content=line, headers={"Content-Type": "application/json"})
+                assert answer.status_code == 200
+            child.send_signal(signal.SIGINT)
+            assert child.wait(timeout=20) == 0
+            assert "80 spans and 0 calls" in child.stdout.read()
+        finally:
+            child.kill()
+    assert "20 executions" in scepsy("report", folder)[1]
 
 
 def test_a_torn_file_is_read_up_to_the_tear(scepsy, traces):
@@ -155,4 +194,4 @@ def test_help_names_every_command(capsys):
         main(["--help"])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    assert all(name in shown for name in ("demo", "report", "optimize", "deploy", "status", "stop"))
+    assert all(name in shown for name in ("demo", "collect", "report", "optimize", "deploy", "status", "stop"))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 
 from rich.console import Console
 
 from scepsy.cli.options import add_traces
+from scepsy.report.summary import summarise, warnings
 from scepsy.report.tables import workload_table
 from scepsy.traces import read_executions
 from scepsy_optimizer.workload import aggregate
@@ -17,12 +19,26 @@ HELP = "show what the traced executions ask of each LLM, and how sure that is"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     add_traces(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--html", metavar="FILE", help="write a self-contained page as well")
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Read, aggregate, show."""
     reading = read_executions(args.traces)
-    console.print(workload_table(aggregate(reading.executions)))
+    workload = aggregate(reading.executions)
+    if args.html:
+        from scepsy.report.page import write_page
+
+        write_page(summarise(reading, workload), args.html)
+    if args.json:
+        print(json.dumps(summarise(reading, workload, timelines=False)))
+        return 0
+    console.print(workload_table(workload))
+    for warning in warnings(summarise(reading, workload, timelines=False)):
+        console.print(warning, soft_wrap=True, markup=False)
     for reason, count in sorted(reading.dropped.items()):
-        console.print(f"left out: {count} x {reason}", soft_wrap=True)
+        console.print(f"left out: {count} x {reason}", soft_wrap=True, markup=False)
+    if args.html:
+        console.print(f"written to {args.html}", soft_wrap=True)
     return 0
