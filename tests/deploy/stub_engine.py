@@ -62,7 +62,11 @@ def main():
         def log_message(self, *_):
             pass
 
-    ThreadingHTTPServer((args.host, args.port), Handler).serve_forever()
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, request, client_address):
+            """A client that has gone is no news; the log is for what the engine says."""
+
+    Server((args.host, args.port), Handler).serve_forever()
     return 0
 
 
