@@ -1,7 +1,25 @@
-"""Profiles of LLMs: estimated without a GPU, measured on a running engine, or shipped with Scepsy."""
+"""Profiles of LLMs: estimated without a GPU, measured on engines, calibrated by points, or shipped with Scepsy."""
 
+from scepsy.profiling.calibrating import ServingPoint, calibrate
+from scepsy.profiling.engines import EngineChoice, Limits, profile_model
 from scepsy.profiling.estimating import estimate
 from scepsy.profiling.measuring import EngineFlags, measure
+from scepsy.profiling.reports import read_points
+from scepsy.profiling.serving import Load, Response, predict_response
 from scepsy.profiling.shipped import shipped_profiles
 
-__all__ = ["EngineFlags", "estimate", "measure", "shipped_profiles"]
+__all__ = [
+    "EngineChoice",
+    "EngineFlags",
+    "Limits",
+    "Load",
+    "Response",
+    "ServingPoint",
+    "calibrate",
+    "estimate",
+    "measure",
+    "predict_response",
+    "profile_model",
+    "read_points",
+    "shipped_profiles",
+]

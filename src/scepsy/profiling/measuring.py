@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import statistics
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+from scepsy.profiling.arrivals import ArrivalPlan, Lengths, left_out_errors, measure_arrivals, three_shapes
+from scepsy.profiling.calibrating import calibrate
 from scepsy.profiling.checkpoint import find_checkpoint
-from scepsy.profiling.endpoint import EngineFacts, open_endpoint
+from scepsy.profiling.endpoint import Endpoint, EngineFacts, open_endpoint
 from scepsy.profiling.fitting import fit_steps
 from scepsy.profiling.journal import Journal
 from scepsy.profiling.memory import kv_bytes_per_token, overhead_gib, weights_gib
@@ -31,6 +33,17 @@ class EngineFlags:
     max_num_batched_tokens: int = 8192
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """What is measured: one served model on one device type. `model` is what the engine loads, if it does not say."""
+
+    llm: str
+    device_type: str
+    flags: EngineFlags
+    model: str | None
+    date: str
+
+
 def measure(
     endpoint: str,
     llm: str,
@@ -38,6 +51,8 @@ def measure(
     device_type: str,
     model: str | None = None,
     flags: EngineFlags | None = None,
+    lengths: Sequence[Lengths] = (),
+    requests_per_load: int = 100,
     journal: Path | None = None,
     on_point: Callable[[str], None] = lambda _: None,
     date: str | None = None,
@@ -45,28 +60,82 @@ def measure(
     """Measure the profile of one LLM behind a running endpoint, which must be one engine that nobody else uses.
 
     `endpoint` is its base URL, `llm` the served name, `model` what the engine loads (default: what it says), `flags`
-    how it was started, on whole devices. Points that are finished are kept in the file `journal` and not measured
-    again. `on_point` is told of each. Raises ScepsyError.
+    how it was started, on whole devices. With `lengths`, the (prompt, answer) tokens of traced calls, Poisson loads of
+    three shapes at three rates follow the steps, `requests_per_load` each; they calibrate the profile, and its error is
+    told in the provenance. Points that are finished are kept in the file `journal` and not measured again.
+    `on_point` is told of each. Raises ScepsyError.
     """
     if device_type not in DEVICE_MEMORY_GIB:
         raise ScepsyError(f"device type {device_type!r} is not known; known: {', '.join(sorted(DEVICE_MEMORY_GIB))}")
-    flags = flags or EngineFlags()
-    facts, prefill, decode = asyncio.run(_probe(endpoint, llm, flags, journal, on_point))
-    return LLMProfile(
+    subject = Subject(
         llm=llm,
-        model=model or facts.model,
         device_type=device_type,
-        device_memory_gib=DEVICE_MEMORY_GIB[device_type],
-        steps=(_steps(facts, model or facts.model, flags, prefill, decode),),
+        flags=flags or EngineFlags(),
+        model=model,
+        date=date or datetime.now(UTC).date().isoformat(),
+    )
+    return asyncio.run(_measure(endpoint, subject, lengths, requests_per_load, journal, on_point))
+
+
+async def _measure(
+    url: str,
+    subject: Subject,
+    lengths: Sequence[Lengths],
+    requests_per_load: int,
+    journal_file: Path | None,
+    on_point: Callable[[str], None],
+) -> LLMProfile:
+    flags = subject.flags
+    async with open_endpoint(url, subject.llm) as endpoint:
+        facts = await endpoint.facts()
+        about = {"llm": subject.llm, "model": facts.model, "engine": facts.version, **asdict(flags)}
+        journal = Journal(journal_file, about)
+        grid = probe_grid(max_model_len=facts.max_model_len, max_num_seqs=flags.max_num_seqs, kv_tokens=facts.kv_tokens)
+        prefill, decode = await probe(endpoint, grid, journal, on_point)
+        profile = _profile(subject, facts, prefill, decode)
+        if lengths:
+            return await _calibrated(endpoint, profile, flags, lengths, requests_per_load, journal, on_point)
+    return profile
+
+
+async def _calibrated(
+    endpoint: Endpoint,
+    profile: LLMProfile,
+    flags: EngineFlags,
+    lengths: Sequence[Lengths],
+    requests_per_load: int,
+    journal: Journal,
+    on_point: Callable[[str], None],
+) -> LLMProfile:
+    """The profile calibrated by loads of such lengths, with the error that it then has in its provenance."""
+    size = flags.tensor_parallel_size
+    plan = ArrivalPlan(shapes=three_shapes(lengths, profile.max_model_len), requests=requests_per_load)
+    points = await measure_arrivals(endpoint, profile, size, plan, journal, on_point)
+    error = statistics.mean(abs(error) for error in left_out_errors(profile, points))
+    found = calibrate(profile, points)
+    note = f"{found.provenance.note}; mean error of calls at a load that was left out {error:.1%}"
+    return replace(found, provenance=replace(found.provenance, note=note))
+
+
+def _profile(
+    subject: Subject, facts: EngineFacts, prefill: Sequence[PrefillPoint], decode: Sequence[DecodePoint]
+) -> LLMProfile:
+    flags, model = subject.flags, subject.model or facts.model
+    return LLMProfile(
+        llm=subject.llm,
+        model=model,
+        device_type=subject.device_type,
+        device_memory_gib=DEVICE_MEMORY_GIB[subject.device_type],
+        steps=(_steps(facts, model, flags, prefill, decode),),
         provenance=Provenance(
             source="measured",
             tool=f"scepsy {version('scepsy')}",
             engine=f"vllm {facts.version}",
-            date=date or datetime.now(UTC).date().isoformat(),
+            date=subject.date,
             note=f"{len(prefill)} prefill and {len(decode)} decode points",
         ),
-        # A quota of a core slows everything in proportion; a share of a GPU does not, and is not measured here.
-        slowdown=PROPORTIONAL if device_type == "CPU" else FractionSlowdown(),
+        # A quota of a core slows everything in proportion; what a share of a GPU does is measured by itself.
+        slowdown=PROPORTIONAL if subject.device_type == "CPU" else FractionSlowdown(),
         # The engine's own time is inside every measured step.
         host_s=0.0,
         request_s=round(statistics.median(point.request_s for point in prefill), 5),
@@ -76,19 +145,12 @@ def measure(
     )
 
 
-async def _probe(
-    url: str, llm: str, flags: EngineFlags, journal: Path | None, on_point: Callable[[str], None]
-) -> tuple[EngineFacts, list[PrefillPoint], list[DecodePoint]]:
-    async with open_endpoint(url, llm) as endpoint:
-        facts = await endpoint.facts()
-        subject = {"llm": llm, "model": facts.model, "engine": facts.version, **asdict(flags)}
-        grid = probe_grid(max_model_len=facts.max_model_len, max_num_seqs=flags.max_num_seqs, kv_tokens=facts.kv_tokens)
-        prefill, decode = await probe(endpoint, grid, Journal(journal, subject), on_point)
-    return facts, prefill, decode
-
-
 def _steps(
-    facts: EngineFacts, model: str, flags: EngineFlags, prefill: list[PrefillPoint], decode: list[DecodePoint]
+    facts: EngineFacts,
+    model: str,
+    flags: EngineFlags,
+    prefill: Sequence[PrefillPoint],
+    decode: Sequence[DecodePoint],
 ) -> StepTimes:
     """Tables, and memory: the KV cache per token as the engine counts it, else as the model's shape says."""
     shape = shape_of(find_checkpoint(model).config)
