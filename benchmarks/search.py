@@ -15,12 +15,12 @@ from scipy.optimize import LinearConstraint, milp
 from scipy.sparse import coo_array
 
 from benchmarks.outcome import Bound, finish
-from scepsy_optimizer.allocation import UNITS_PER_DEVICE, OptionTable, list_options
+from scepsy_optimizer.allocation import UNITS_PER_DEVICE, OptionTable
 from scepsy_optimizer.executions import Call, Execution, Span
 from scepsy_optimizer.knapsack import solve
 from scepsy_optimizer.pipeline import build_pipeline
 from scepsy_optimizer.profile import LLMProfile, Provenance, StepTimes
-from scepsy_optimizer.search import find_allocation, highest_rate
+from scepsy_optimizer.search import find_allocation, highest_rate, list_tables
 from scepsy_optimizer.workload import Workload, aggregate
 
 CASES = ((5, 16), (10, 64), (20, 256), (20, 1024), (50, 1024), (50, 4096))
@@ -75,18 +75,10 @@ def one_solve(
 ) -> tuple[float, list[OptionTable], list[np.ndarray], float]:
     """Time of listing options and solving one knapsack; the tables, their costs and the optimum found."""
     pipeline = build_pipeline(workload)
-    demands = {demand.llm: demand for demand in workload.demands}
     started_s = time.perf_counter()
-    tables = [
-        list_options(
-            demands[stage.llm],
-            profiles[stage.llm],
-            calls_rps=rate_rps * demands[stage.llm].visits,
-            max_units=units,
-            max_tensor_parallel_size=8,
-        )
-        for stage in pipeline.stages
-    ]
+    listed = list_tables(workload, profiles, rate_rps=rate_rps, units=units, max_tensor_parallel_size=8)
+    assert listed is not None
+    tables = [listed[stage.llm] for stage in pipeline.stages]
     costs = [
         table.speeds @ np.array([stage.calls, stage.input_tokens, stage.output_tokens])
         for stage, table in zip(pipeline.stages, tables, strict=True)

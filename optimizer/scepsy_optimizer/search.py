@@ -78,17 +78,16 @@ def find_allocation(
     without a profile.
     """
     _check(workload, profiles, rate_rps)
-    tables = {
-        demand.llm: list_options(
-            demand,
-            profiles[demand.llm],
-            calls_rps=rate_rps * demand.visits,
-            max_units=units,
-            max_tensor_parallel_size=max_tensor_parallel_size,
-            max_utilisation=max_utilisation,
-        )
-        for demand in workload.demands
-    }
+    tables = list_tables(
+        workload,
+        profiles,
+        rate_rps=rate_rps,
+        units=units,
+        max_tensor_parallel_size=max_tensor_parallel_size,
+        max_utilisation=max_utilisation,
+    )
+    if tables is None:
+        return None
     pipelines = [build_pipeline(workload)]
     pipeline = pipelines[0]
     bound_s = 0.0
@@ -120,6 +119,41 @@ def find_allocation(
             values = np.array([[cut.latency_s(speed) for speed in speeds.values()] for cut in pipelines])
             pipeline = _blend(pipelines, _maximin(values))
     return Allocation(candidates=tuple(met), lower_bound_s=min(bound_s, met[0].latency_s))
+
+
+def list_tables(
+    workload: Workload,
+    profiles: Mapping[str, LLMProfile],
+    *,
+    rate_rps: float,
+    units: int,
+    max_tensor_parallel_size: int,
+    max_utilisation: float = MAX_UTILISATION,
+) -> dict[str, OptionTable] | None:
+    """The options of each LLM at a rate, none larger than what the others leave; None where they do not all fit."""
+    needs = {
+        demand.llm: _unit_need(
+            profiles[demand.llm],
+            CallShape.of(demand),
+            max_tensor_parallel_size=max_tensor_parallel_size,
+            max_utilisation=max_utilisation,
+        )(rate_rps * demand.visits)
+        for demand in workload.demands
+    }
+    spare = units - sum(needs.values())
+    if spare < 0:
+        return None
+    return {
+        demand.llm: list_options(
+            demand,
+            profiles[demand.llm],
+            calls_rps=rate_rps * demand.visits,
+            max_units=int(needs[demand.llm] + spare),
+            max_tensor_parallel_size=max_tensor_parallel_size,
+            max_utilisation=max_utilisation,
+        )
+        for demand in workload.demands
+    }
 
 
 def _maximin(values: Floats) -> Floats:
