@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from scepsy.profiling.checkpoint import find_checkpoint
-from scepsy.profiling.kernels import measured_kernels
+from scepsy.profiling.kernels import SYSTEMS, measured_kernels
 from scepsy.profiling.memory import kv_bytes_per_token
 from scepsy.profiling.roofline import DEVICES, roofline_kernels
 from scepsy.profiling.shape import shape_of
+from scepsy_optimizer.cluster import DEVICE_MEMORY_GIB
 
 GRID = {
     "batch_sizes": (1, 4, 16, 64, 256),
@@ -21,6 +22,10 @@ MODELS = ("Qwen/Qwen3-1.7B", "Qwen/Qwen3-8B", "Qwen/Qwen3-32B", "meta-llama/Meta
 
 def shape(model):
     return shape_of(find_checkpoint(model).config)
+
+
+def test_every_device_has_a_data_sheet_and_a_memory():
+    assert SYSTEMS.keys() <= DEVICES.keys() <= DEVICE_MEMORY_GIB.keys()
 
 
 @pytest.mark.parametrize("device", ["A100", "B200", "H100", "H200", "L40S"])

@@ -28,7 +28,6 @@ SYSTEMS: Mapping[str, str] = {
     "B200": "b200_sxm",
     "B300": "b300_sxm",
     "GB200": "gb200",
-    "GB300": "gb300",
     "H100": "h100_sxm",
     "H200": "h200_sxm",
     "L40S": "l40s",

@@ -49,6 +49,8 @@ DEVICES: Mapping[str, DeviceSpec] = {
     "A10G": DeviceSpec(teraflops=70, memory_gb_s=600, link_gb_s=16),
     "A30": DeviceSpec(teraflops=165, memory_gb_s=933, link_gb_s=16),
     "B200": DeviceSpec(teraflops=2250, memory_gb_s=8000, link_gb_s=900, fp8=True, nvlink=True),
+    "B300": DeviceSpec(teraflops=2250, memory_gb_s=7750, link_gb_s=900, fp8=True, nvlink=True),
+    "GB200": DeviceSpec(teraflops=2500, memory_gb_s=8000, link_gb_s=900, fp8=True, nvlink=True),
     "H100": DeviceSpec(teraflops=989, memory_gb_s=3350, link_gb_s=450, fp8=True, nvlink=True),
     "H100_PCIE": DeviceSpec(teraflops=756, memory_gb_s=2039, link_gb_s=32, fp8=True),
     "H200": DeviceSpec(teraflops=989, memory_gb_s=4800, link_gb_s=450, fp8=True, nvlink=True),
@@ -56,6 +58,7 @@ DEVICES: Mapping[str, DeviceSpec] = {
     "L40S": DeviceSpec(teraflops=362, memory_gb_s=864, link_gb_s=16, fp8=True),
     "RTX_4090": DeviceSpec(teraflops=165, memory_gb_s=1008, link_gb_s=16, fp8=True),
     "RTX_5090": DeviceSpec(teraflops=209, memory_gb_s=1792, link_gb_s=32, fp8=True),
+    "RTX_PRO_6000": DeviceSpec(teraflops=468, memory_gb_s=1792, link_gb_s=32, fp8=True),
 }
 """Devices whose data sheet is known. Their memory is in `scepsy_optimizer.cluster`."""
 
