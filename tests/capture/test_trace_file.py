@@ -14,7 +14,9 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 
 import scepsy
-from scepsy.capture.trace_file import TraceFile, encode_request
+from scepsy.capture import Recorder
+from scepsy.capture.otlp_json import encode_request
+from scepsy.capture.trace_file import TraceFile
 from scepsy_optimizer.errors import ScepsyError
 
 
@@ -87,6 +89,28 @@ def test_values_of_every_type():
         {"doubleValue": 0.5},
         {"arrayValue": {"values": [{"stringValue": "x"}, {"stringValue": "y"}]}},
     ]
+
+
+def test_a_handle_is_written_as_its_span_would_be(recorded):
+    """The short way, without OpenTelemetry's SDK, writes what the SDK's span of the same handle would be."""
+    ended = []
+    direct = Recorder()
+    direct.use(sink=ended.append)
+    for target in (Recorder(recorded.provider), direct):
+        root = target.start("workflow", 'quoted "é" \n name')
+        child = target.start("llm", "model", operation="chat", parent=root)
+        child.attributes |= {"text": "é\\", "yes": True, "count": 3, "part": 0.25}
+        child.end(error=ValueError())
+        root.end()
+    ours = [json.loads(encode_request([handle], {})) for handle in ended]
+    theirs = [json.loads(encode_request([span], {})) for span in reversed(recorded.spans)]
+    for mine, other in zip(ours, theirs, strict=True):
+        (mine,), (other,) = (one["resourceSpans"][0]["scopeSpans"][0]["spans"] for one in (mine, other))
+        for key in ("traceId", "spanId", "parentSpanId", "startTimeUnixNano", "endTimeUnixNano"):
+            assert len(mine.pop(key, "")) == len(other.pop(key, ""))
+        assert mine == other
+    assert ended[0].parent_id == ended[1].span_id
+    assert ended[0].trace_id == ended[1].trace_id
 
 
 def test_of_other_peoples_spans_only_the_skeleton_is_written():

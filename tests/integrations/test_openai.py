@@ -112,7 +112,7 @@ def assert_streamed(call, seen):
     assert call.attributes[semconv.REQUEST_STREAM] is True
     assert call.attributes[semconv.OUTPUT_CHUNKS] == 5
     first_s = call.attributes[semconv.TIME_TO_FIRST_CHUNK_S]
-    assert 0 < first_s < (call.end_time - call.start_time) / 1e9 - 0.02
+    assert 0 < first_s < (call.end_time - call.start_time) / 1e9
     # The pieces come 10 ms apart: the call lasts as long as the server sends, not as long as create() takes.
     assert (call.end_time - call.start_time) / 1e9 > 0.04
     assert call.start_time < seen.start_ns + CLOCK_NS

@@ -16,8 +16,6 @@ from uuid import UUID
 
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.runnables.config import var_child_runnable_config
-from langchain_core.tracers import context as tracing
-from langchain_core.tracers.context import register_configure_hook
 
 if TYPE_CHECKING:
     from langchain_core.outputs import LLMResult
@@ -75,7 +73,7 @@ class ScepsyCallbackHandler(BaseCallbackHandler):
         **kwargs: Any,
     ) -> None:
         """A chain, graph or node starts."""
-        if run_id in recorder.open or muted():
+        if run_id.int in recorder.open or muted():
             return
         given = _find(parent_run_id)
         if kwargs.get("run_type") in _PURE_RUN_TYPES or (tags and _HIDDEN_TAG in tags):
@@ -87,7 +85,7 @@ class ScepsyCallbackHandler(BaseCallbackHandler):
         generic = name.startswith("Runnable") or name == "LangGraph"
         parent, outer = recorder.around(given)
         if parent is None:
-            handle = recorder.start_below(None, outer, semconv.KIND_WORKFLOW, name, key=run_id, named=not generic)
+            handle = recorder.start_below(None, outer, semconv.KIND_WORKFLOW, name, key=run_id.int, named=not generic)
             _note_conversation(handle, known)
             return
         named = name == node if node is not None else not generic
@@ -96,7 +94,7 @@ class ScepsyCallbackHandler(BaseCallbackHandler):
         kind = semconv.KIND_STEP
         if named and name != node and known.get("ls_integration") == "langgraph":
             kind = semconv.KIND_AGENT
-        handle = recorder.start_below(parent, outer, kind, name, key=run_id, named=named)
+        handle = recorder.start_below(parent, outer, kind, name, key=run_id.int, named=named)
         if named and known.get("lc_agent_name"):
             handle.role = known["lc_agent_name"]
 
@@ -121,9 +119,9 @@ class ScepsyCallbackHandler(BaseCallbackHandler):
         **kwargs: Any,
     ) -> None:
         """A tool starts."""
-        if run_id not in recorder.open and not muted():
+        if run_id.int not in recorder.open and not muted():
             name = _name(serialized, kwargs, "tool")
-            recorder.start(semconv.KIND_TOOL, name, key=run_id, parent=_find(parent_run_id))
+            recorder.start(semconv.KIND_TOOL, name, key=run_id.int, parent=_find(parent_run_id))
 
     @harmless
     def on_tool_end(self, output: Any, *, run_id: UUID, **kwargs: Any) -> None:
@@ -146,11 +144,11 @@ class ScepsyCallbackHandler(BaseCallbackHandler):
         **kwargs: Any,
     ) -> None:
         """A retriever starts."""
-        if run_id in recorder.open or muted():
+        if run_id.int in recorder.open or muted():
             return
         name = _name(serialized, kwargs, "retriever")
         handle = recorder.start(
-            semconv.KIND_STEP, name, operation=semconv.RETRIEVAL, key=run_id, parent=_find(parent_run_id)
+            semconv.KIND_STEP, name, operation=semconv.RETRIEVAL, key=run_id.int, parent=_find(parent_run_id)
         )
         _link(handle)
 
@@ -193,14 +191,14 @@ class ScepsyCallbackHandler(BaseCallbackHandler):
     @harmless
     def on_llm_new_token(self, token: Any, *, run_id: UUID, **kwargs: Any) -> None:
         """A piece of a streamed answer has come."""
-        handle = recorder.open.get(run_id)
+        handle = recorder.open.get(run_id.int)
         if handle is not None:
             handle.received()
 
     @harmless
     def on_llm_end(self, response: LLMResult, *, run_id: UUID, **kwargs: Any) -> None:
         """A model has answered."""
-        handle = recorder.open.get(run_id)
+        handle = recorder.open.get(run_id.int)
         if handle is not None:
             try:
                 _describe(handle, response)
@@ -210,7 +208,7 @@ class ScepsyCallbackHandler(BaseCallbackHandler):
     @harmless
     def on_llm_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
         """A call has failed, or its stream was given up."""
-        handle = recorder.open.get(run_id)
+        handle = recorder.open.get(run_id.int)
         if handle is not None:
             end_call(handle, error)
 
@@ -222,7 +220,7 @@ def _start_call(
     parent_run_id: UUID | None,
     kwargs: dict[str, Any],
 ) -> None:
-    if run_id in recorder.open or muted():
+    if run_id.int in recorder.open or muted():
         return
     metadata = kwargs.get("metadata") or {}
     parameters = kwargs.get("invocation_params") or {}
@@ -238,7 +236,7 @@ def _start_call(
     if wrapping is not None and (given is None or wrapping.start_ns > given.start_ns):
         given = wrapping
     parent, outer = recorder.around(given, without=_enclosing_call)
-    handle = recorder.start_below(parent, outer, semconv.KIND_LLM, str(model), operation=operation, key=run_id)
+    handle = recorder.start_below(parent, outer, semconv.KIND_LLM, str(model), operation=operation, key=run_id.int)
     provider = metadata.get("ls_provider")
     if provider:
         handle.attributes[semconv.PROVIDER] = str(provider)
@@ -249,7 +247,7 @@ def _start_call(
 
 
 def _end(run_id: UUID, error: BaseException | None) -> None:
-    handle = recorder.open.get(run_id)
+    handle = recorder.open.get(run_id.int)
     if handle is None:
         _passed.pop(run_id, None)
         return
@@ -261,7 +259,7 @@ def _end(run_id: UUID, error: BaseException | None) -> None:
 def _find(run_id: UUID | None) -> Handle | None:
     if run_id is None:
         return None
-    return recorder.open.get(run_id) or _passed.get(run_id)
+    return recorder.open.get(run_id.int) or _passed.get(run_id)
 
 
 def _pass(run_id: UUID, above: Handle | None) -> None:
@@ -379,15 +377,15 @@ _hook: Final[ContextVar[ScepsyCallbackHandler | None]] = ContextVar(
 
 def turn_on() -> None:
     """Give the handler to every run of the process from now on."""
-    if not _is_on():
-        register_configure_hook(_hook, inheritable=True, handle_class=ScepsyCallbackHandler)
+    from langchain_core.tracers import context as tracing  # not above: waiting for its import is what calls this
+
+    if not any(hook[0] is _hook for hook in tracing._configure_hooks):  # noqa: SLF001 - as below
+        tracing.register_configure_hook(_hook, inheritable=True, handle_class=ScepsyCallbackHandler)
 
 
 def turn_off() -> None:
     """Give it to none any more."""
+    from langchain_core.tracers import context as tracing
+
     hooks = tracing._configure_hooks  # noqa: SLF001 - LangChain can register a hook, but not take it back
     hooks[:] = [hook for hook in hooks if hook[0] is not _hook]
-
-
-def _is_on() -> bool:
-    return any(hook[0] is _hook for hook in tracing._configure_hooks)  # noqa: SLF001 - as above

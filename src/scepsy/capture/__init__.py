@@ -6,9 +6,10 @@ from scepsy.capture.context import ContextThreadPoolExecutor, propagate
 from scepsy.capture.decorators import agent, tool, workflow
 from scepsy.capture.exchange import Exchange, end_call
 from scepsy.capture.frame import Frame, async_generator_steps, generator_steps
+from scepsy.capture.handle import Handle, Outcome, attach, detach, how_ended, now_ns
 from scepsy.capture.imports import no_longer, when_imported
 from scepsy.capture.instrumentation import flush, instrument, uninstrument
-from scepsy.capture.recorder import Handle, Outcome, Recorder, attach, detach, how_ended, muted, now_ns, recorder
+from scepsy.capture.recorder import Recorder, muted, recorder
 from scepsy.capture.safety import harmless
 from scepsy.capture.tasks import guard_task, settle_task
 

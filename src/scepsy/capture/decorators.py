@@ -9,7 +9,8 @@ from typing import Any, Final, Protocol, TypeVar, overload
 
 from scepsy import semconv
 from scepsy.capture.frame import Frame, async_generator_steps, generator_steps
-from scepsy.capture.recorder import Handle, recorder
+from scepsy.capture.handle import Handle
+from scepsy.capture.recorder import recorder
 from scepsy.capture.safety import harmless
 from scepsy_optimizer.errors import ScepsyError
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from scepsy import semconv
-from scepsy.capture.recorder import Attribute, Handle, Outcome, Recorder, how_ended, now_ns
+from scepsy.capture.handle import Attribute, Handle, Outcome, how_ended, now_ns
+from scepsy.capture.recorder import Recorder
 
 
 class Exchange:

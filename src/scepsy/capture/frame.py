@@ -8,7 +8,7 @@ from typing import Any, ParamSpec
 from opentelemetry import context as context_api
 from opentelemetry.context.context import Context
 
-from scepsy.capture.recorder import Handle, Outcome, attach, detach, how_ended, now_ns
+from scepsy.capture.handle import Handle, Outcome, attach, detach, how_ended, now_ns
 from scepsy.capture.safety import harmless
 from scepsy.capture.tasks import settle_task
 

@@ -39,7 +39,6 @@ class _State:
 
     destination_chosen: bool = False
     threads: bool = False
-    provider: Any = None
     trace_file: Any = None
     instrumentors: list[Instrumentor] = field(default_factory=list)
     undo_clients: list[Callable[[], None]] = field(default_factory=list)
@@ -132,12 +131,14 @@ def _choose_destination(directory: Path | None, provider: TracerProvider | None)
     if known is None or directory is not None:
         from scepsy.capture.trace_file import TraceFile
 
-        target = directory or Path(os.environ.get(TRACES_VARIABLE) or DEFAULT_DIRECTORY)
-        _state.trace_file = TraceFile(target)
+        file = TraceFile(directory or Path(os.environ.get(TRACES_VARIABLE) or DEFAULT_DIRECTORY))
+        _state.trace_file = file
         if known is None:
-            known = _state.provider = _own_provider()
-        known.add_span_processor(_state.trace_file)
-    recorder.use(known)
+            recorder.use(sink=file.on_end)
+        else:
+            known.add_span_processor(file)
+    if known is not None:
+        recorder.use(known)
     recorder.adopt_environment()
     _state.destination_chosen = True
 
@@ -148,18 +149,9 @@ def _provider_of_application() -> TracerProvider | None:
     return known if hasattr(known, "add_span_processor") else None
 
 
-def _own_provider() -> Any:
-    from opentelemetry.sdk.trace import TracerProvider as SDKTracerProvider
-    from opentelemetry.sdk.trace.sampling import ALWAYS_ON
-
-    return SDKTracerProvider(sampler=ALWAYS_ON, shutdown_on_exit=False)
-
-
 def _leave_destination() -> None:
     if _state.trace_file is not None:
         _state.trace_file.shutdown()
-    if _state.provider is not None:
-        _state.provider.shutdown()
-    _state.trace_file = _state.provider = None
+    _state.trace_file = None
     _state.destination_chosen = False
-    recorder.use(None)
+    recorder.use()

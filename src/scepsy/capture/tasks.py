@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Final
 
-from scepsy.capture.recorder import Handle, Outcome
+from scepsy.capture.handle import Handle, Outcome
 from scepsy.capture.safety import harmless
 
 _guarded: Final[dict[asyncio.Task[Any], set[Handle]]] = {}

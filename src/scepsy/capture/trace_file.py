@@ -7,7 +7,6 @@ had not ended, or had ended within the last half second.
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import socket
 import sys
@@ -15,7 +14,6 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +21,8 @@ from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor
 
-from scepsy.capture.recorder import SCOPE
+from scepsy.capture.handle import Handle
+from scepsy.capture.otlp_json import encode_request
 from scepsy.capture.safety import logger, tell
 from scepsy_optimizer.errors import ScepsyError
 
@@ -48,12 +47,13 @@ class TraceFile(SpanProcessor):
             raise ScepsyError(f"{directory}: traces cannot be written here: {error.strerror}") from error
         if not os.access(directory, os.W_OK | os.X_OK):
             raise ScepsyError(f"{directory}: traces cannot be written here: permission denied")
+        self._resource = Resource.create()  # not when it is first needed: that may be at exit, when no thread starts
         self._begin()
         _files.add(self)
 
     def _begin(self) -> None:
         """A new file, queue and thread: for a new process as well as for a new TraceFile."""
-        self._waiting: deque[ReadableSpan] = deque()
+        self._waiting: deque[ReadableSpan | Handle] = deque()
         self._dropped = 0
         self._write_lock = threading.Lock()
         self._wake = threading.Event()
@@ -70,8 +70,8 @@ class TraceFile(SpanProcessor):
     def on_start(self, span: Span, parent_context: Context | None = None) -> None:
         """Nothing is written of a span before its end."""
 
-    def on_end(self, span: ReadableSpan) -> None:
-        """Queue the span."""
+    def on_end(self, span: ReadableSpan | Handle) -> None:
+        """Queue a span, or a handle that has ended."""
         if self._stopped:
             return
         if len(self._waiting) >= _LIMIT:
@@ -109,7 +109,7 @@ class TraceFile(SpanProcessor):
             if not spans:
                 return True
             try:
-                line = encode_request(spans, self._process)
+                line = encode_request(spans, self._process, self._resource)
                 if self._descriptor is None:
                     self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
                 _write_whole(self._descriptor, line)
@@ -169,66 +169,3 @@ def _write_whole(descriptor: int, line: bytes) -> None:
     rest = memoryview(line)
     while rest:
         rest = rest[os.write(descriptor, rest) :]
-
-
-def encode_request(spans: Sequence[ReadableSpan], process: Mapping[str, str | int]) -> bytes:
-    """One `ExportTraceServiceRequest` as a line of OTLP/JSON; `process` is added to each resource."""
-    groups: dict[tuple[int, str], tuple[Resource, list[ReadableSpan]]] = {}
-    for span in spans:
-        scope = span.instrumentation_scope
-        group = groups.setdefault((id(span.resource), "" if scope is None else scope.name), (span.resource, []))
-        group[1].append(span)
-    resource_spans = []
-    for (_, scope_name), (resource, members) in groups.items():
-        version = members[0].instrumentation_scope.version if members[0].instrumentation_scope else None
-        resource_spans.append(
-            {
-                "resource": {"attributes": _attributes({**resource.attributes, **process})},
-                "scopeSpans": [
-                    {
-                        "scope": {"name": scope_name, "version": version or ""},
-                        "spans": [_span(span, whole=scope_name == SCOPE) for span in members],
-                    }
-                ],
-            }
-        )
-    return json.dumps({"resourceSpans": resource_spans}, separators=(",", ":")).encode() + b"\n"
-
-
-def _span(span: ReadableSpan, *, whole: bool) -> dict[str, Any]:
-    context = span.get_span_context()
-    if context is None:
-        raise ValueError("a span without an identity")
-    encoded: dict[str, Any] = {
-        "traceId": f"{context.trace_id:032x}",
-        "spanId": f"{context.span_id:016x}",
-        "name": span.name,
-        "kind": span.kind.value + 1,
-        "startTimeUnixNano": str(span.start_time),
-        "endTimeUnixNano": str(span.end_time),
-    }
-    if span.parent is not None:
-        encoded["parentSpanId"] = f"{span.parent.span_id:016x}"
-    if whole and span.attributes:
-        encoded["attributes"] = _attributes(span.attributes)
-    if span.status.status_code.value:
-        encoded["status"] = {"code": span.status.status_code.value}
-    return encoded
-
-
-def _attributes(attributes: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [{"key": key, "value": _value(value)} for key, value in attributes.items()]
-
-
-def _value(value: Any) -> dict[str, Any]:
-    if isinstance(value, str):
-        return {"stringValue": value}
-    if isinstance(value, bool):
-        return {"boolValue": value}
-    if isinstance(value, int):
-        return {"intValue": str(value)}
-    if isinstance(value, float):
-        return {"doubleValue": value}
-    if isinstance(value, Iterable):
-        return {"arrayValue": {"values": [_value(item) for item in value]}}
-    return {"stringValue": str(value)}
