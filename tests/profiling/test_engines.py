@@ -6,18 +6,27 @@ from dataclasses import replace
 import pytest
 
 from scepsy.deploy import list_deployments
-from scepsy.profiling import EngineChoice, EngineFlags, Limits, profile_model, shipped_profiles
+from scepsy.profiling import (
+    EngineChoice,
+    EngineFlags,
+    Lengths,
+    Limits,
+    profile_model,
+    shipped_profiles,
+    traced_lengths,
+)
 from scepsy.profiling.arrivals import ArrivalPlan, left_out_errors, three_shapes
 from scepsy.profiling.calibrating import Correction, ServingPoint, corrected
 from scepsy.profiling.engines import fit_slowdown, joined
 from scepsy.profiling.probing import DecodePoint, PrefillPoint
 from scepsy.profiling.serving import Load, predict_response
 from scepsy_optimizer.errors import ScepsyError
+from scepsy_optimizer.executions import Call, Execution, Span
 from scepsy_optimizer.profile import FractionSlowdown, StepClock
 
 GENERATOR = shipped_profiles("H100")["generator"]
 LIMITS = Limits(max_num_seqs=4, max_model_len=700)
-LENGTHS = ((60, 12), (120, 20), (90, 8))
+LENGTHS = tuple(Lengths(input_tokens=i, output_tokens=o) for i, o in ((60, 12), (120, 20), (90, 8)))
 
 
 @pytest.fixture(scope="module")
@@ -122,11 +131,31 @@ def test_joining_keeps_every_step_time():
 
 
 def test_three_shapes_stay_within_the_model():
-    same, prompts, answers = three_shapes([(100, 20), (900, 60)], 1024)
-    assert same == ((100, 20), (900, 60))
-    assert prompts == ((200, 10), (993, 30))
-    assert answers == ((50, 40), (450, 120))
+    lengths = [
+        Lengths(input_tokens=100, output_tokens=20, cached_tokens=60),
+        Lengths(input_tokens=900, output_tokens=60),
+    ]
+    same, prompts, answers = three_shapes(lengths, 1024)
+    assert same == tuple(lengths)
+    assert prompts == (
+        Lengths(input_tokens=200, output_tokens=10, cached_tokens=120),
+        Lengths(input_tokens=993, output_tokens=30),
+    )
+    assert answers == (
+        Lengths(input_tokens=50, output_tokens=40, cached_tokens=30),
+        Lengths(input_tokens=450, output_tokens=120),
+    )
     assert ArrivalPlan(shapes=(same, prompts, answers)).points == 9
+
+
+def test_lengths_of_traced_calls():
+    call = Call(llm="a", input_tokens=100, output_tokens=0, cached_tokens=100)
+    root = Span(id="0", parent=None, name="w", kind="workflow", start_s=0, end_s=2)
+    one = Span(id="1", parent="0", name="a", kind="llm", start_s=0, end_s=1, call=call)
+    executions = [Execution(id="x", workflow="w", spans=(root, one))]
+    assert traced_lengths(executions, "a") == (Lengths(input_tokens=100, output_tokens=1, cached_tokens=99),)
+    with pytest.raises(ScepsyError, match="no call of 'b'; they have calls of: a"):
+        traced_lengths(executions, "b")
 
 
 def test_points_left_out_tell_the_error_of_the_rest():

@@ -49,6 +49,15 @@ def test_one_client_meets_an_idle_engine():
     assert found.call_s(101) == found.first_token_s + 100 * found.per_token_s
 
 
+@pytest.mark.parametrize("arrivals", [{"concurrency": 4}, {"rate_rps": 1.0}])
+def test_what_is_cached_is_not_computed(arrivals):
+    def first_s(**lengths):
+        return predict_response(PROFILE, 1, Load(output_tokens=2, **lengths, **arrivals)).first_token_s
+
+    cached = first_s(input_tokens=6000, cached_tokens=5000)
+    assert first_s(input_tokens=1000) <= cached < first_s(input_tokens=2000)
+
+
 def test_a_rate_near_zero_is_one_client():
     alone = predict_response(PROFILE, 2, Load(input_tokens=1000, output_tokens=100, concurrency=1))
     rare = predict_response(PROFILE, 2, Load(input_tokens=1000, output_tokens=100, rate_rps=1e-6))

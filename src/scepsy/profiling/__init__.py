@@ -1,5 +1,6 @@
 """Profiles of LLMs: estimated without a GPU, measured on engines, calibrated by points, or shipped with Scepsy."""
 
+from scepsy.profiling.arrivals import Lengths, traced_lengths
 from scepsy.profiling.calibrating import ServingPoint, calibrate
 from scepsy.profiling.engines import EngineChoice, Limits, profile_model
 from scepsy.profiling.estimating import estimate
@@ -11,6 +12,7 @@ from scepsy.profiling.shipped import shipped_profiles
 __all__ = [
     "EngineChoice",
     "EngineFlags",
+    "Lengths",
     "Limits",
     "Load",
     "Response",
@@ -22,4 +24,5 @@ __all__ = [
     "profile_model",
     "read_points",
     "shipped_profiles",
+    "traced_lengths",
 ]

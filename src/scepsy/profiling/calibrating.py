@@ -25,7 +25,9 @@ _PRIOR = np.array([0.20, 0.20, 0.0005, 0.020])
 # Standard deviations of the logarithmic errors that remain: first tokens wait for whatever comes along.
 _FIRST_TOKEN_NOISE = 0.25
 _PER_TOKEN_NOISE = 0.05
+_SATURATED = 100.0
 _ITERATIONS = 12
+_HALVINGS = 8
 _DIFFERENCE = np.array([0.01, 0.01, 1e-5, 1e-4])
 
 
@@ -61,18 +63,34 @@ def calibrate(profile: LLMProfile, points: Sequence[ServingPoint]) -> LLMProfile
 def fit_correction(profile: LLMProfile, points: Sequence[ServingPoint]) -> Correction:
     """The most probable correction, given the points and the priors. Raises ScepsyError as `calibrate`."""
     theta = np.zeros(4)
+    error = _errors(profile, points, theta)
+    for point, own in zip(points, error.reshape(len(points), -1), strict=True):
+        if own[0] >= _SATURATED:
+            raise ScepsyError(f"{profile.llm!r} cannot serve {point.load}: it is beyond what the profile carries")
     for _ in range(_ITERATIONS):
-        error = _errors(profile, points, theta)
         slopes = np.empty((error.size, 4))
         for index, difference in enumerate(_DIFFERENCE):
             moved = theta.copy()
             moved[index] += difference
             slopes[:, index] = (_errors(profile, points, moved) - error) / difference
         step = np.linalg.solve(slopes.T @ slopes + np.diag(_PRIOR**-2), slopes.T @ error + theta / _PRIOR**2)
-        theta = theta - np.clip(step, -_PRIOR, _PRIOR)
+        step = np.clip(step, -_PRIOR, _PRIOR)
+        # Halved until it improves: a whole step may lead to where a measured load would saturate.
+        for _ in range(_HALVINGS):
+            tried = _errors(profile, points, theta - step)
+            if _cost(tried, theta - step) <= _cost(error, theta):
+                break
+            step = step / 2
+        else:
+            break
+        theta, error = theta - step, tried
         if np.all(np.abs(step) < 1e-3 * _PRIOR):
             break
     return _correction(profile, theta)
+
+
+def _cost(error: Array, theta: Array) -> float:
+    return float(error @ error + (theta / _PRIOR) @ (theta / _PRIOR))
 
 
 def corrected(profile: LLMProfile, correction: Correction, points: int) -> LLMProfile:
@@ -111,15 +129,19 @@ def _scaled(steps: StepTimes, correction: Correction) -> StepTimes:
 
 
 def _errors(profile: LLMProfile, points: Sequence[ServingPoint], theta: Array) -> Array:
-    """Logarithmic errors over their noise: first tokens, then times per token."""
+    """Logarithmic errors over their noise: of each point its first token, then its time per token.
+
+    A load that the profile cannot carry has the error `_SATURATED`.
+    """
     changed = corrected(profile, _correction(profile, theta), len(points))
     found = []
     for point in points:
         predicted = predict_response(changed, point.tensor_parallel_size, point.load)
         if not np.isfinite(predicted.first_token_s):
-            raise ScepsyError(f"{profile.llm!r} cannot serve {point.load}: it is beyond what the profile carries")
-        pair = [(predicted.first_token_s, point.measured.first_token_s, _FIRST_TOKEN_NOISE)]
-        if point.load.output_tokens > 1:
-            pair.append((predicted.per_token_s, point.measured.per_token_s, _PER_TOKEN_NOISE))
-        found += [np.log(guess / measured) / noise for guess, measured, noise in pair]
+            found += [_SATURATED, _SATURATED]
+            continue
+        found.append(np.log(predicted.first_token_s / point.measured.first_token_s) / _FIRST_TOKEN_NOISE)
+        decodes = point.load.output_tokens > 1
+        ratio = predicted.per_token_s / point.measured.per_token_s if decodes else 1.0
+        found.append(np.log(ratio) / _PER_TOKEN_NOISE)
     return np.array(found)

@@ -83,11 +83,16 @@ class Endpoint:
     session: aiohttp.ClientSession
     random: random.Random = field(default_factory=lambda: random.Random(0))  # noqa: S311 - prompts, not secrets
 
-    async def complete(self, prompt_tokens: int, output_tokens: int) -> Timing:
-        """Send one request of exact lengths and read its answer as it comes. Raises ScepsyError if it is refused."""
+    async def complete(self, prompt_tokens: int, output_tokens: int, *, shared_tokens: int = 0) -> Timing:
+        """Send one request of exact lengths and read its answer as it comes.
+
+        The first `shared_tokens` of the prompt are the same in all requests: a prefix cache keeps them. Raises
+        ScepsyError if it is refused.
+        """
+        own_tokens = prompt_tokens - shared_tokens
         body = {
             "model": self.llm,
-            "prompt": [self.random.randint(_FIRST_TOKEN, _LAST_TOKEN) for _ in range(prompt_tokens)],
+            "prompt": _tokens(random.Random(0), shared_tokens) + _tokens(self.random, own_tokens),  # noqa: S311 - a prompt
             "max_tokens": output_tokens,
             "min_tokens": output_tokens,
             "ignore_eos": True,
@@ -175,6 +180,10 @@ async def open_endpoint(url: str, llm: str, *, seed: int = 0) -> AsyncIterator[E
     timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
         yield Endpoint(url=base, llm=llm, session=session, random=random.Random(seed))  # noqa: S311 - as above
+
+
+def _tokens(source: random.Random, count: int) -> list[int]:
+    return [source.randint(_FIRST_TOKEN, _LAST_TOKEN) for _ in range(count)]
 
 
 def _note(chunk: Mapping[str, Any], times: list[tuple[float, int]]) -> None:

@@ -61,7 +61,7 @@ def profile_model(
 ) -> LLMProfile:
     """Start the model at each tensor parallelism, and at each fraction of one device, and measure its profile.
 
-    `lengths` are the (prompt, answer) tokens of traced calls, `folder` keeps what is finished: after a crash the same
+    `lengths` are those of traced calls, `folder` keeps what is finished: after a crash the same
     call goes on where it was. How fractions below 1 slow the engine is fitted from steps measured on them. Raises
     ScepsyError; no engine is left running.
     """

@@ -60,7 +60,7 @@ def measure(
     """Measure the profile of one LLM behind a running endpoint, which must be one engine that nobody else uses.
 
     `endpoint` is its base URL, `llm` the served name, `model` what the engine loads (default: what it says), `flags`
-    how it was started, on whole devices. With `lengths`, the (prompt, answer) tokens of traced calls, Poisson loads of
+    how it was started, on whole devices. With `lengths`, those of traced calls, Poisson loads of
     three shapes at three rates follow the steps, `requests_per_load` each; they calibrate the profile, and its error is
     told in the provenance. Points that are finished are kept in the file `journal` and not measured again.
     `on_point` is told of each. Raises ScepsyError.

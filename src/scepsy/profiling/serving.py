@@ -26,6 +26,7 @@ _HALVINGS = 40
 class Load:
     """What a load generator did: requests of equal mean lengths at a concurrency or at a rate, exactly one of them.
 
+    `input_tokens` includes `cached_tokens`, which the prefix cache holds.
     A closed loop that sends `waves` requests per client starts all clients at once: its first wave queues for prefill,
     and a mean over few waves shows it.
     """
@@ -35,6 +36,12 @@ class Load:
     concurrency: int | None = None
     rate_rps: float | None = None
     waves: float = 10.0
+    cached_tokens: float = 0.0
+
+    @property
+    def computed_tokens(self) -> float:
+        """Prompt tokens that are not cached; an engine always computes at least one."""
+        return max(1.0, self.input_tokens - self.cached_tokens)
 
     def __post_init__(self) -> None:
         if (self.concurrency is None) == (self.rate_rps is None):
@@ -61,11 +68,16 @@ def predict_response(profile: LLMProfile, tensor_parallel_size: int, load: Load,
 
 
 def _open_loop(profile: LLMProfile, size: int, load: Load, fraction: float) -> Response:
-    shape = CallShape(input_tokens=load.input_tokens, cached_tokens=0, output_tokens=load.output_tokens, overlap=1.0)
+    shape = CallShape(
+        input_tokens=load.input_tokens,
+        cached_tokens=load.cached_tokens,
+        output_tokens=load.output_tokens,
+        overlap=1.0,
+    )
     speeds = loaded_speeds(profile, size, fraction, shape, np.array([load.rate_rps]), np.array([1.0]))
     per_token_s = float(speeds.output_s[0])
     # The first token is part of the output tokens' time in the planner's form.
-    first_s = float(speeds.fixed_s[0] + speeds.input_s[0] * load.input_tokens) + per_token_s + profile.request_s
+    first_s = float(speeds.fixed_s[0] + speeds.input_s[0] * load.computed_tokens) + per_token_s + profile.request_s
     return Response(first_token_s=first_s, per_token_s=per_token_s)
 
 
@@ -77,7 +89,7 @@ def _closed_loop(profile: LLMProfile, size: int, load: Load, fraction: float) ->
     room = min(float(profile.max_num_seqs), profile.kv_tokens(size, fraction) / context)
     if room < 1:
         return Response(first_token_s=float("inf"), per_token_s=float("inf"))
-    alone_s = clock.prefill_s(load.input_tokens)
+    alone_s = clock.prefill_s(load.computed_tokens)
     fixed_s = profile.request_s + clock.host_s + alone_s
     if tokens == 0:
         return Response(first_token_s=max(fixed_s, clients * (alone_s + clock.host_s)), per_token_s=0.0)
