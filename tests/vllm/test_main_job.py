@@ -188,8 +188,9 @@ def test_spans_last_as_long_as_the_engine_says(played, llm):
     calls = calls_of(played, llm)
     traced_s = sum(span.duration_s for span in calls)
     engine_s = played.counted[llm, "seconds"]
-    # What the client waits for beyond the engine: the gateway, the connection, and a turn on two cores that are full.
-    assert engine_s < traced_s < engine_s * 1.25 + 0.5 * len(calls)
+    # Never less than the engine took. Beyond it a client waits for the gateway, the connection, and a turn on two cores
+    # that the engines fill: a second and more per call when the machine does something else as well.
+    assert engine_s < traced_s < 1.5 * engine_s + 2.0 * len(calls)
 
 
 def test_executions_last_as_long_as_their_callers_waited(played):
