@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
 from typing import Final
 
+from scepsy.traces.matching import SLACK_NS, same_call
 from scepsy.traces.records import (
     CALL,
     CALL_LIKE,
@@ -92,6 +93,7 @@ def assemble(
         if root.record.status != OK and root.record.kind not in CALL_LIKE:
             tally.dropped[FAILED_ROOT if root.record.status == FAILED else STOPPED_ROOT] += 1
             return None
+    _reunite_streams(nodes)
     order = list(_preorder(roots))
     if len(order) < len(nodes):
         tally.dropped[CIRCLE] += len(nodes) - len(order)
@@ -134,6 +136,34 @@ def _link(nodes: dict[str, _Node], tally: Tally) -> list[_Node]:
             orphan.parent = root
             root.children.append(orphan)
     return roots
+
+
+def _reunite_streams(nodes: dict[str, _Node]) -> None:
+    """Put a client's span under the framework's span of the same call, where that ended too early to be its parent."""
+    flawed = [node for node in nodes.values() if node.record.flaw and node.record.kind == LLM and not node.children]
+    for node in flawed:
+        record = node.record
+        above = {id(node)}
+        outer = node.parent
+        while outer is not None and id(outer) not in above:
+            above.add(id(outer))
+            outer = outer.parent
+        later = [
+            other
+            for other in nodes.values()
+            if other.record.kind == LLM
+            and not other.record.flaw
+            and id(other) not in above
+            and record.start_ns - SLACK_NS <= other.start_ns <= record.end_ns + SLACK_NS
+            and same_call(record, other.record)
+            and not (other.parent is not None and other.parent.record.kind == LLM)
+        ]
+        if later:
+            request = min(later, key=_start)
+            if request.parent is not None:
+                request.parent.children.remove(request)
+                request.parent = node
+                node.children.append(request)
 
 
 def _parent_of(node: _Node, nodes: dict[str, _Node]) -> _Node | None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 from scepsy.traces.records import LLM, SERVER, SpanRecord
 
-_SLACK_NS = 5_000_000
+SLACK_NS = 5_000_000
 _LONGEST_SEARCH = 1000
 
 
@@ -44,25 +44,23 @@ def _timed(
     call: SpanRecord, timed: Sequence[SpanRecord], starts: Sequence[int], found: dict[tuple[str, str], SpanRecord]
 ) -> SpanRecord | None:
     """The first request not yet matched that the call may have made."""
-    begin = bisect_left(starts, call.start_ns - _SLACK_NS)
+    begin = bisect_left(starts, call.start_ns - SLACK_NS)
     for request in timed[begin : begin + _LONGEST_SEARCH]:
-        if request.start_ns > call.end_ns + _SLACK_NS:
+        if request.start_ns > call.end_ns + SLACK_NS:
             return None
         if (request.trace, request.id) in found or request.trace == call.trace:
             continue
         # A call that was recorded as ending too early still begins with its request and has its first token inside.
-        inside = request.end_ns <= call.end_ns + _SLACK_NS or bool(call.flaw)
-        if inside and _same(call.model, request.model) and _alike(call, request):
+        inside = request.end_ns <= call.end_ns + SLACK_NS or bool(call.flaw)
+        if inside and same_call(call, request):
             return request
     return None
 
 
-def _same(one: str, other: str) -> bool:
-    return not one or not other or one == other
-
-
-def _alike(call: SpanRecord, request: SpanRecord) -> bool:
-    """Whether no count speaks against them being one."""
+def same_call(call: SpanRecord, request: SpanRecord) -> bool:
+    """Whether neither model nor counts speak against them being one."""
+    if call.model and request.model and call.model != request.model:
+        return False
     pairs = ((call.input_tokens, request.input_tokens), (call.output_tokens, request.output_tokens))
     return all(one is None or other is None or one == other for one, other in pairs)
 

@@ -6,6 +6,7 @@ from typing import Any, Final
 
 import msgspec
 
+from scepsy.traces.dialects.frameworks import purpose
 from scepsy.traces.dialects.table import Dialect, Keys, number
 from scepsy.traces.records import AGENT, FAILED, LLM, STEP, TOOL, WORKFLOW, RawSpan, SpanRecord
 from scepsy.traces.times import parse_time_ns
@@ -19,8 +20,15 @@ METADATA: Final = "langfuse.observation.metadata"
 TRACE_NAME: Final = "langfuse.trace.name"
 
 _KINDS: Final = {"generation": LLM, "embedding": LLM, "tool": TOOL, "retriever": TOOL, "agent": AGENT}
+_CLIENTS_OWN = {"input": "prompt_tokens", "output": "completion_tokens"}
 _SIDES = ("input", "output")
-_READ_FROM_CACHE = ("input_cache_read", "cache_read_input_tokens", "input_cached_tokens", "input_cached")
+_READ_FROM_CACHE = (
+    "input_cache_read",
+    "cache_read_input_tokens",
+    "input_cached_tokens",
+    "input_cached",
+    "cached_tokens",
+)
 
 
 def _kind(raw: RawSpan) -> str:
@@ -36,10 +44,11 @@ def _refine(raw: RawSpan, record: SpanRecord) -> SpanRecord:
     if raw.attributes.get(LEVEL) == "ERROR":
         changed["status"] = FAILED
     if record.kind != LLM:
-        return record._replace(**changed) if changed else record
+        return record._replace(label=purpose(record.label), **changed)
     usage = _parsed(raw.attributes.get(USAGE))
     if isinstance(usage, dict):
-        changed["cached_tokens"] = _sum(usage, _READ_FROM_CACHE)
+        details = usage.get("prompt_tokens_details")
+        changed["cached_tokens"] = _sum(details if isinstance(details, dict) else usage, _READ_FROM_CACHE)
         changed["input_tokens"] = _inclusive(usage, "input")
         changed["output_tokens"] = _inclusive(usage, "output")
     first = parse_time_ns(_parsed(raw.attributes.get(FIRST_CHUNK_AT)))
@@ -55,8 +64,12 @@ def _refine(raw: RawSpan, record: SpanRecord) -> SpanRecord:
 def _inclusive(usage: dict[str, Any], side: str) -> int | None:
     """Tokens of one side. Langfuse's buckets are disjoint: cached or reasoning tokens are not within the plain ones.
 
-    Where plain input and output make up the total already, whoever wrote them counted inclusively.
+    Where plain input and output make up the total already, or have the client's own names, they were counted
+    inclusively.
     """
+    from_client = number(usage.get(_CLIENTS_OWN[side]))
+    if from_client is not None:
+        return int(from_client)
     plain = number(usage.get(side))
     total = number(usage.get("total"))
     if plain is not None and total is not None and total == sum(number(usage.get(key)) or 0 for key in _SIDES):

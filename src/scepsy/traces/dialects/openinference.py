@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any, Final
 
 import msgspec
 
+from scepsy.traces.dialects.frameworks import purpose
 from scepsy.traces.dialects.table import Dialect, Keys, text
 from scepsy.traces.records import AGENT, LLM, STEP, TOOL, WORKFLOW, RawSpan, SpanRecord
 
@@ -15,11 +15,6 @@ EARLY_END: Final = "streamed calls that were recorded as ending before their fir
 
 _FIRST_CHUNK = "First Token Stream Event"
 _KINDS: Final = {"LLM": LLM, "TOOL": TOOL, "RETRIEVER": TOOL, "AGENT": AGENT}
-# Frameworks' own classes, that say nothing of what the calls below are for.
-_GENERIC = re.compile(
-    r"(Runnable\w*|ChatPromptTemplate|PromptTemplate|\w*OutputParser|LangGraph|_write|\w*Channel\w*|branch:.*"
-    r"|\w*(LLM|OpenAI|OpenAILike)\.\w+)(<.*>)?"
-)
 
 
 def _kind(raw: RawSpan) -> str:
@@ -37,7 +32,7 @@ def _kind(raw: RawSpan) -> str:
 
 def _refine(raw: RawSpan, record: SpanRecord) -> SpanRecord:
     if record.kind != LLM:
-        return record._replace(label="") if _GENERIC.fullmatch(record.label) else record
+        return record._replace(label=purpose(record.label))
     changed: dict[str, Any] = {"detached": not raw.parent}
     if not record.model:
         # Spans of failed calls have the request's parameters only.

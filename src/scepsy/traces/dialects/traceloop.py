@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from scepsy.semconv import LLM_OPERATIONS
+from scepsy.traces.dialects.frameworks import purpose
 from scepsy.traces.dialects.table import Dialect, Keys, text
 from scepsy.traces.records import AGENT, LLM, STEP, TOOL, WORKFLOW, RawSpan, SpanRecord
 
@@ -23,7 +24,9 @@ def _kind(raw: RawSpan) -> str:
 
 
 def _refine(raw: RawSpan, record: SpanRecord) -> SpanRecord:
-    if record.kind != LLM or record.time_to_first_token_s is not None:
+    if record.kind != LLM:
+        return record._replace(label=purpose(record.label))
+    if record.time_to_first_token_s is not None:
         return record
     chunks = [event.time_ns for event in raw.events if event.name in _FIRST_CHUNKS]
     # There is an event per chunk, and the SDK keeps only the newest 128: the first that is left may not be the first.

@@ -97,7 +97,7 @@ def _span(row: Mapping[str, Any], index: int, workflow: str, tally: Tally) -> Ra
         {
             semconv.KIND: CALL if model else STEP,
             semconv.REQUEST_MODEL: model,
-            semconv.ROLE: role,
+            semconv.ROLE if model else semconv.AGENT_NAME: role,
             semconv.WORKFLOW_NAME: _text(row["workflow"]) or workflow,
             semconv.INPUT_TOKENS: row["input_tokens"],
             semconv.OUTPUT_TOKENS: row["output_tokens"],
