@@ -42,6 +42,16 @@ def test_a_conversation_is_an_execution_until_its_pause():
     )
 
 
+def test_a_session_in_the_baggage_is_a_conversation():
+    joiner = Joiner()
+    places = [
+        joiner.join({"baggage": baggage}, "c", 0)
+        for baggage in ("session.id=s1", "user.id=u, session.id=s1;p=1", "gen_ai.conversation.id=s2", "mysession.id=s1")
+    ]
+    assert [place.joined_by for place in places] == [BY_HEADER] * 3 + [BY_INFERENCE]
+    assert places[0].trace == places[1].trace != places[2].trace
+
+
 def test_clients_are_told_apart_by_address_program_and_key():
     joiner = Joiner(inferred_gap_s=10)
     who = [("c", {}), ("d", {}), ("c", {"user-agent": "x"}), ("c", {"authorization": "Bearer 1"})]

@@ -3,7 +3,7 @@ import json
 
 import pytest
 from google.protobuf.json_format import MessageToDict
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, ArrayValue, KeyValue, KeyValueList
@@ -83,6 +83,7 @@ def defaults_gone(value):
     return [defaults_gone(inner) for inner in value] if isinstance(value, list) else value
 
 
+@settings(deadline=None)
 @given(spans)
 def test_protobuf_becomes_otlps_json(span):
     line, count = to_line(request(span).SerializeToString(), PROTOBUF, keep_content=True)
@@ -100,6 +101,7 @@ def test_protobuf_becomes_otlps_json(span):
     assert defaults_gone(ours) == defaults_gone(reference)
 
 
+@settings(deadline=None)
 @given(spans)
 def test_what_was_made_json_is_taken_as_json(span):
     line, _ = to_line(request(span).SerializeToString(), PROTOBUF, keep_content=True)

@@ -244,3 +244,37 @@ async def test_the_receiver_and_the_proxy_share_a_port(tmp_path):
         assert (path.partition("?")[0], json.loads(body)) == ("/v1/tokenize", {"prompt": "x"})
         assert headers["Host"] != counts.url.removeprefix("http://")  # as the server is called, not the proxy
     assert counts.calls == 0
+
+
+async def test_every_call_that_the_server_saw_is_recorded_once(tmp_path):
+    """Fifty clients at once, some of whose calls fail, are streamed, or are left in the middle."""
+    async with proxied(tmp_path, file_bytes=50_000) as (server, counts), client(counts) as user:
+
+        async def one(number):
+            model = "broken" if number % 10 == 3 else f"m{number}"
+            call = user.chat.completions.create(
+                model=model, messages=HELLO, stream=number % 3 == 0, extra_headers={"x-session-id": str(number % 50)}
+            )
+            try:
+                async with asyncio.timeout(0.01 if number % 7 == 0 else 30):
+                    answer = await call
+                    if number % 3 == 0:
+                        async for _ in answer:
+                            pass
+            except (TimeoutError, openai.InternalServerError):
+                return
+
+        for begin in range(0, 400, 50):
+            await asyncio.gather(*(one(number) for number in range(begin, begin + 50)))
+        await asyncio.sleep(0.1)
+        seen = [json.loads(body)["model"] for _, _, body in server.seen]
+    recorded = [span for span in spans(tmp_path) if "scepsy.transport" in span["attributes"]]
+    assert len(recorded) == counts.calls == len({span["spanId"] for span in recorded})
+    # A client may leave before its call has reached the server; nothing else may be missing or doubled.
+    unseen = [span for span in recorded if span["attributes"]["gen_ai.request.model"] not in seen]
+    assert all(span["attributes"].get("scepsy.outcome") == "cancelled" for span in unseen)
+    names = [span["attributes"]["gen_ai.request.model"] for span in recorded]
+    assert sorted(name for name in names if name in seen) == sorted(seen)
+    assert counts.files > 1
+    reading = read_executions([tmp_path])
+    assert len(reading.executions) == 50

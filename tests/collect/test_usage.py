@@ -3,7 +3,7 @@ import itertools
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scepsy.collect.usage import AnswerReader, Usage
@@ -60,6 +60,7 @@ def test_whole_answers(content, expected):
     assert read(json.dumps(content).encode(), encoding="br") == Usage()
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 10_000), max_size=12), st.sampled_from(["\n\n", "\r\n\r\n"]))
 def test_streams_however_they_are_cut(cuts, end):
     body = events(OPENING, piece("a"), piece("b\n\nc"), piece("d"), LAST, end=end)

@@ -4,13 +4,14 @@ import statistics
 import struct
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scepsy.emulator.answers import embedding, output_tokens, request_random, words
 from scepsy.emulator.requests import RequestError, parse_chat, parse_completion, parse_embeddings
 
 
+@settings(deadline=None)
 @given(st.integers(0, 99), st.integers(1, 4000), st.integers(0, 4000), st.booleans())
 def test_lengths_keep_their_bounds(index, max_tokens, min_tokens, exact):
     least = min(min_tokens, max_tokens)
@@ -41,6 +42,7 @@ def test_an_answer_is_a_function_of_seed_and_request():
         assert words(other, 20) != text[0]
 
 
+@settings(deadline=None)
 @given(st.integers(0, 200), st.integers(1, 300))
 def test_an_answer_begins_with_a_score_and_has_a_word_per_token(index, tokens):
     answer = words(request_random(0, {}, index), tokens)

@@ -1,7 +1,7 @@
 import asyncio
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scepsy.deploy.backends import Backend, NoBackendError, Pool
@@ -23,6 +23,7 @@ def test_equals_take_turns():
     assert sorted(pool.choose().id for _ in range(3)) == ["a", "b", "c"]
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([0.1, 0.2, 0.5, 1.0]), min_size=1, max_size=6), st.integers(1, 300))
 def test_standing_load_is_in_proportion_to_weight(weights, requests):
     pool = Pool([backend(str(index), weight=weight) for index, weight in enumerate(weights)])

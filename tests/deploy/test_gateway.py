@@ -233,6 +233,20 @@ async def test_a_client_that_expects_to_be_told_to_continue(stage):
     await writer.wait_closed()
 
 
+async def test_a_body_in_chunks_and_an_answer_without_one(stage):
+    chunks = '6\r\n{"mode\r\nb\r\nl":"small"}\r\n0\r\n\r\n'
+    raw = await _raw(stage, f"POST /v1/x HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n{chunks}")
+    assert raw.startswith(b"HTTP/1.1 200")
+    (seen,) = (seen for worker in stage.workers.values() for seen in worker.seen)
+    assert seen[3] == b'{"model":"small"}'
+    raw = await _raw(stage, "HEAD /health HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n", head=True)
+    assert raw.endswith(b"\r\n\r\n")
+    stage.gateway._pools.pop("big/one")
+    raw = await _raw(stage, "HEAD /version HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n", head=True)
+    assert raw.startswith(b"HTTP/1.1 200")
+    assert raw.endswith(b"\r\n\r\n")
+
+
 async def test_old_clients_get_the_end_by_the_close(stage):
     for worker in stage.workers.values():
         worker.release.set()
@@ -392,14 +406,14 @@ async def test_draining_finishes_some_and_breaks_off_the_rest(stage, session):
     slow.close()
 
 
-async def _raw(stage, text):
+async def _raw(stage, text, *, head=False):
     """Send bytes, half-close nothing, read all that comes until a complete answer or the end."""
     reader, writer = await asyncio.open_connection("127.0.0.1", int(stage.url.rsplit(":", 1)[1]), limit=1 << 22)
     writer.write(text.encode())
     await writer.drain()
-    head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
-    length = re.search(rb"Content-Length: (\d+)", head)
+    start = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+    length = None if head else re.search(rb"Content-Length: (\d+)", start)
     body = await asyncio.wait_for(reader.readexactly(int(length[1])) if length else reader.read(), 5)
     writer.close()
     await writer.wait_closed()
-    return head + body
+    return start + body

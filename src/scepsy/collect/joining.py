@@ -28,6 +28,10 @@ CONVERSATION_HEADERS: Final = (
     "conversation_id",
     "x-claude-code-session-id",
 )
+# W3C baggage: what tracers pass on of a session.
+_SESSION_IN_BAGGAGE: Final = re.compile(
+    r"(?:^|,)\s*(?:session\.id|gen_ai\.conversation\.id|langfuse[._]session[._]id)\s*=\s*([^,;\s]+)", re.IGNORECASE
+)
 WORKFLOW_HEADER: Final = "x-scepsy-workflow"
 HEADER_GAP_S: Final = 60.0
 INFERRED_GAP_S: Final = 10.0
@@ -78,6 +82,8 @@ class Joiner:
         for name in CONVERSATION_HEADERS:
             if value := headers.get(name):
                 return self._enter(_key(name, value), BY_HEADER, self._header_gap_s, headers, now_ns)
+        if session := _SESSION_IN_BAGGAGE.search(headers.get("baggage", "")):
+            return self._enter(_key("baggage", session[1]), BY_HEADER, self._header_gap_s, headers, now_ns)
         who = (client, headers.get("user-agent", ""), headers.get("authorization", ""))
         return self._enter(_key(*who), BY_INFERENCE, self._inferred_gap_s, headers, now_ns)
 

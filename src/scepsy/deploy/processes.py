@@ -7,11 +7,11 @@ import random
 import signal
 import socket
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from scepsy.deploy.specs import LOOPBACK
+from scepsy_optimizer.errors import ScepsyError
 
 _POLL_S = 0.02
 # Below the range from which Linux gives ports to outgoing connections.
@@ -119,13 +119,13 @@ def port_is_free(port: int, host: str = LOOPBACK) -> bool:
     return True
 
 
-def free_ports(count: int, avoid: Sequence[int] = ()) -> list[int]:
-    """Different ports that nobody listens on now."""
+def free_ports(count: int) -> list[int]:
+    """Different ports that nobody listens on now. Raises ScepsyError if there are not so many."""
     found: list[int] = []
     # Not secret: only spread, so that deployments started together seldom meet.
     for port in random.sample(_PORTS, len(_PORTS)):
         if len(found) == count:
-            break
-        if port not in avoid and port_is_free(port):
+            return found
+        if port_is_free(port):
             found.append(port)
-    return found
+    raise ScepsyError(f"{count} free ports are needed from {_PORTS.start} to {_PORTS.stop - 1}; there are {len(found)}")
