@@ -34,6 +34,9 @@ def test_weights_as_vllm_logged_them(model, size, gib, tolerance):
         ("meta-llama/Meta-Llama-3.1-70B", 70.6),
         ("Qwen/Qwen3-30B-A3B", 30.5),
         ("mistralai/Mixtral-8x7B-v0.1", 46.7),
+        ("deepseek-ai/DeepSeek-V3", 671),
+        ("moonshotai/Kimi-K2-Instruct", 1030),
+        ("Qwen/Qwen3-Coder-480B-A35B-Instruct", 480),
     ],
 )
 def test_parameters_as_published(model, billions):
@@ -46,6 +49,17 @@ def test_kv_cache_of_a_token_in_closed_form():
     assert kv_bytes_per_token(shape, 8) == kv_bytes_per_token(shape, 1) / 8
     # There are 8 heads: beyond that they are copied.
     assert kv_bytes_per_token(shape, 16) == kv_bytes_per_token(shape, 8)
+
+
+def test_latent_attention_keeps_one_vector_per_layer_on_every_device():
+    shape = shape_of(find_checkpoint("deepseek-ai/DeepSeek-V3").config)
+    assert kv_bytes_per_token(shape, 1) == kv_bytes_per_token(shape, 8) == 61 * (512 + 64) * 2
+
+
+def test_recurrent_layers_keep_no_keys():
+    shape = shape_of(find_checkpoint("Qwen/Qwen3.5-27B").config)
+    assert (shape.layers, shape.attention_layers) == (64, 16)
+    assert kv_bytes_per_token(shape, 1) == 2 * 16 * 4 * 256 * 2
 
 
 # Peak activations in GiB that the llm-d planner lists for vLLM 0.19 on H100, where 1,024 sequences are the default.

@@ -87,6 +87,12 @@ def test_a_configuration_without_sizes_names_what_is_missing():
         shape_of({key: value for key, value in LLAMA.items() if key != "num_hidden_layers"})
 
 
+@pytest.mark.parametrize("model", ["nvidia/Llama-3_3-Nemotron-Super-49B-v1", "nvidia/Nemotron-H-56B-Base-8K"])
+def test_layers_of_different_sizes_are_refused(model):
+    with pytest.raises(ScepsyError, match="layers of a .* differ in size.*measure its profile"):
+        shape_of(find_checkpoint(model).config)
+
+
 def test_finds_a_directory_with_its_weights(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"x" * 100)

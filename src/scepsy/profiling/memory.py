@@ -32,14 +32,17 @@ def weights_gib(shape: ModelShape, tensor_parallel_size: int) -> float:
 
 
 def kv_bytes_per_token(shape: ModelShape, tensor_parallel_size: int) -> float:
-    """Keys and values of one token on one device; a device holds at least one head.
+    """Keys and values of one token on one device; a device holds at least one head, or all of a latent.
 
     An encoder keeps none: it is given one byte, so that its memory never limits its batch.
     """
     if not shape.causal:
         return 1.0
+    layers = shape.layers if shape.attention_layers is None else max(1, shape.attention_layers)
+    if shape.latent:
+        return layers * shape.latent * shape.kv_bytes
     heads = max(1.0, shape.kv_heads / tensor_parallel_size)
-    return 2 * shape.layers * heads * shape.head_dim * shape.kv_bytes
+    return 2 * layers * heads * shape.head_dim * shape.kv_bytes
 
 
 def overhead_gib(

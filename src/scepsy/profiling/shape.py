@@ -17,9 +17,11 @@ _BF16_BYTES = 2.0
 class ModelShape:
     """Sizes of a transformer with grouped-query attention, dense or with experts.
 
-    `gated` MLPs have three matrices, others two. `experts` is 0 for a dense model; `dense_layers` of a model with
-    experts have a dense MLP instead. `linear_bytes` and `expert_bytes` are the bytes of one parameter of the attention
-    and MLP matrices; embeddings are 16-bit always. `causal` is False for encoders, which keep no KV cache.
+    `attention_layers` of the layers keep keys and values (all, if None; the others are recurrent), `latent` numbers of
+    each token if attention is latent (MLA), shared by all heads. `gated` MLPs have three matrices, others two.
+    `experts` is 0 for a dense model; `dense_layers` of a model with experts have a dense MLP instead. `linear_bytes`
+    and `expert_bytes` are the bytes of one parameter of the attention and MLP matrices; embeddings are 16-bit always.
+    `causal` is False for encoders, which keep no KV cache.
     """
 
     architecture: str
@@ -32,6 +34,8 @@ class ModelShape:
     vocab: int
     tied_embeddings: bool
     max_position: int
+    attention_layers: int | None = None
+    latent: int = 0
     gated: bool = True
     causal: bool = True
     experts: int = 0
@@ -82,10 +86,12 @@ class ModelShape:
 def shape_of(config: Mapping[str, Any], *, quantization: str | None = None) -> ModelShape:
     """The shape that a config.json describes; `quantization` overrides the checkpoint's ("fp8", "int4", ...).
 
-    Raises ScepsyError where sizes are missing.
+    Raises ScepsyError where sizes are missing, and for models whose layers are not of one size.
     """
     text = {**config, **config.get("text_config", {})}
     architecture = next(iter(config.get("architectures") or text.get("architectures") or ["unknown"]))
+    if any(text.get(name) for name in _UNEVEN):
+        raise ScepsyError(f"the layers of a {architecture} differ in size, which is not estimated; measure its profile")
 
     def size(*names: str, default: int | None = None) -> int:
         for name in names:
@@ -99,10 +105,11 @@ def shape_of(config: Mapping[str, Any], *, quantization: str | None = None) -> M
     heads = size("num_attention_heads", "n_head")
     experts = size("num_experts", "num_local_experts", "n_routed_experts", default=0)
     intermediate = size("intermediate_size", "n_inner", "ffn_dim", default=4 * hidden)
+    layers = size("num_hidden_layers", "n_layer")
     linear_bytes, expert_bytes = _weight_bytes(text, quantization)
     return ModelShape(
         architecture=architecture,
-        layers=size("num_hidden_layers", "n_layer"),
+        layers=layers,
         hidden=hidden,
         heads=heads,
         kv_heads=size("num_key_value_heads", default=heads),
@@ -112,12 +119,14 @@ def shape_of(config: Mapping[str, Any], *, quantization: str | None = None) -> M
         # Hugging Face leaves the key out where it is true, which is the default of every configuration class.
         tied_embeddings=bool(text.get("tie_word_embeddings", True)),
         max_position=size("max_position_embeddings", "n_positions", default=32768),
+        attention_layers=_attention_layers(text),
+        latent=size("kv_lora_rank", default=0) and size("kv_lora_rank") + size("qk_rope_head_dim", default=64),
         gated=is_gated(text),
         causal=not architecture.startswith(ENCODERS),
         experts=experts,
         experts_per_token=size("num_experts_per_tok", "experts_per_token", default=1) if experts else 0,
         expert_intermediate=size("moe_intermediate_size", default=intermediate) if experts else 0,
-        dense_layers=size("first_k_dense_replace", default=0) if experts else 0,
+        dense_layers=_dense_layers(text, layers) if experts else 0,
         linear_bytes=linear_bytes,
         expert_bytes=expert_bytes,
     )
@@ -132,6 +141,24 @@ def is_gated(text: Mapping[str, Any]) -> bool:
     activation = str(text.get("hidden_act", text.get("activation_function", "silu")))
     plain = activation in {"gelu", "gelu_new", "relu", "gelu_fast", "gelu_python"}
     return not plain or str(text.get("model_type", "")).startswith(("gemma", "modernbert"))
+
+
+_UNEVEN = ("block_configs", "hybrid_override_pattern", "layers_block_type", "routed_expert_hidden_size")
+"""Keys of configurations whose layers are told one by one, or whose experts work in a space of another width."""
+
+
+def _dense_layers(text: Mapping[str, Any], layers: int) -> int:
+    """Layers without experts in a model that has some: the first few, or all but every n-th."""
+    step = int(text.get("interleave_moe_layer_step") or 1)
+    return int(text.get("first_k_dense_replace") or layers - layers // step)
+
+
+def _attention_layers(text: Mapping[str, Any]) -> int | None:
+    """Layers that keep keys and values in a model that mixes them with recurrent ones; None where all do."""
+    kinds = text.get("layer_types")
+    if not isinstance(kinds, list):
+        return None
+    return sum("attention" in str(kind) and "linear" not in str(kind) for kind in kinds)
 
 
 def _weight_bytes(text: Mapping[str, Any], quantization: str | None) -> tuple[float, float]:
