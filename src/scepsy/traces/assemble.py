@@ -54,7 +54,7 @@ class _Node:
     """A record in the tree of its trace, and what becomes of it."""
 
     __slots__ = (
-        "absorbed", "call", "calls_below", "children", "depth", "end_ns", "gone", "lent", "parent", "record",
+        "above", "absorbed", "call", "calls_below", "children", "depth", "end_ns", "gone", "lent", "parent", "record",
         "start_ns",
     )  # fmt: skip
 
@@ -68,6 +68,8 @@ class _Node:
         self.calls_below = 0
         self.call = False
         self.gone = False
+        self.above: _Node | None = None
+        """The nearest span above that does not go."""
         self.absorbed: _Node | None = None
         """The call that this span is a detail of."""
         self.lent: list[SpanRecord] | None = None
@@ -235,6 +237,8 @@ def _find_calls(order: Sequence[_Node]) -> None:
             node.parent.calls_below += found
     for node in order:
         kind, parent = node.record.kind, node.parent
+        if parent is not None:
+            node.above = parent.above if parent.gone else parent
         if parent is not None and parent.absorbed is not None:
             node.absorbed = parent.absorbed
             node.gone = True
@@ -266,7 +270,7 @@ def _execution(
 ) -> Execution:
     workflow = _workflow_name(order)
     kept = [node for node in order if not node.gone]
-    tops = [node for node in kept if _kept_parent(node) is None]
+    tops = [node for node in kept if node.above is None]
     start_ns = min(root.start_ns for root in roots)
     spans: list[Span] = []
     above = None
@@ -278,8 +282,7 @@ def _execution(
         )
     _lend(order)
     for node in kept:
-        parent = _kept_parent(node)
-        record = node.record
+        parent, record = node.above, node.record
         call = _call(node, name_llm, tally) if node.call else None
         kind = LLM if call is not None else STEP if record.kind in CALL_LIKE else record.kind
         spans.append(
@@ -306,13 +309,6 @@ def _workflow_name(order: Sequence[_Node]) -> str:
             if given:
                 best, name = (node.depth, node.start_ns), given
     return name or order[0].record.label or order[0].record.name
-
-
-def _kept_parent(node: _Node) -> _Node | None:
-    above = node.parent
-    while above is not None and above.gone:
-        above = above.parent
-    return above
 
 
 def _lend(order: Sequence[_Node]) -> None:

@@ -6,15 +6,18 @@ Records are set aside in parts by their trace, and read back part by part, so th
 
 from __future__ import annotations
 
-import marshal
 import tempfile
 from collections.abc import Iterator
 from types import TracebackType
 from typing import IO
 
+import msgspec
+
 from scepsy.traces.records import SpanRecord
 
 _PARTS = 256
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(list[SpanRecord])
 
 
 class Spool:
@@ -26,7 +29,7 @@ class Spool:
     def __init__(self, *, limit: int = 20_000) -> None:
         self._limit = limit
         self._held = 0
-        self._parts: list[list[tuple[object, ...]]] = [[] for _ in range(_PARTS)]
+        self._parts: list[list[SpanRecord]] = [[] for _ in range(_PARTS)]
         self._chunks: list[list[tuple[int, int]]] = [[] for _ in range(_PARTS)]
         self._file: IO[bytes] | None = None
 
@@ -60,12 +63,11 @@ class Spool:
             yield from self._records(part)
 
     def _records(self, part: int) -> Iterator[SpanRecord]:
-        make = SpanRecord._make
         for offset, size in self._chunks[part]:
             assert self._file is not None  # noqa: S101 - a chunk was written to it
             self._file.seek(offset)
-            yield from map(make, marshal.loads(self._file.read(size)))  # noqa: S302 - our own file, never anybody else's
-        yield from map(make, self._parts[part])
+            yield from _decoder.decode(self._file.read(size))
+        yield from self._parts[part]
 
     def _write_out(self) -> None:
         if self._file is None:
@@ -73,7 +75,7 @@ class Spool:
         offset = self._file.seek(0, 2)
         for part, records in enumerate(self._parts):
             if records:
-                written = self._file.write(marshal.dumps([tuple(record) for record in records]))
+                written = self._file.write(_encoder.encode(records))
                 self._chunks[part].append((offset, written))
                 offset += written
                 records.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_LATEST = datetime(2500, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 
 
@@ -18,4 +19,4 @@ def parse_time_ns(value: object) -> int:
     if not isinstance(value, datetime):
         return 0
     moment = value if value.tzinfo is not None else value.replace(tzinfo=UTC)
-    return (moment - _EPOCH) // _MICROSECOND * 1000
+    return max(0, (moment - _EPOCH) // _MICROSECOND * 1000) if moment < _LATEST else 0

@@ -6,7 +6,6 @@ is and which of its keys are there, is worked out once for each set of keys and 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Final
@@ -14,6 +13,7 @@ from typing import Any, Final
 from scepsy.traces.records import CALL_LIKE, FAILED, OK, RawSpan, SpanRecord
 
 _LONGEST_NAME = 200
+_LARGEST = 10**15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,14 +98,14 @@ _ENDPOINT: Final = SpanRecord._fields.index("endpoint")
 
 def translate(raw: RawSpan, plan: Plan) -> SpanRecord:
     """The span in Scepsy's words."""
-    attributes = raw.attributes
+    trace, own, parent, name, start_ns, end_ns, _, attributes, _, failed, remote_parent, _ = raw
     kind = plan.dialect.kind(raw)
-    failed = raw.failed or (plan.error and text(attributes, plan.error))
+    if not failed and plan.error:
+        failed = bool(text(attributes, plan.error))
     status = FAILED if failed else OK
     if kind in CALL_LIKE:
         told: list[Any] = [
-            raw.trace, raw.id, raw.parent, raw.name, kind, raw.start_ns, raw.end_ns, status, raw.remote_parent, "", "",
-            *_NOTHING_TOLD,
+            trace, own, parent, name, kind, start_ns, end_ns, status, remote_parent, "", "", *_NOTHING_TOLD,
         ]  # fmt: skip
         for index, keys in plan.texts:
             told[index] = text(attributes, keys)
@@ -121,11 +121,10 @@ def translate(raw: RawSpan, plan: Plan) -> SpanRecord:
             told[_ENDPOINT] = address if port is None else f"{address}:{int(port)}"
         record = SpanRecord._make(told)
     else:
-        label = (plan.label and text(attributes, plan.label)) or raw.name[:_LONGEST_NAME]
+        label = (plan.label and text(attributes, plan.label)) or name[:_LONGEST_NAME]
         workflow = text(attributes, plan.workflow) if plan.workflow else ""
         record = SpanRecord(
-            raw.trace, raw.id, raw.parent, raw.name, kind, raw.start_ns, raw.end_ns, status, raw.remote_parent, label,
-            workflow,
+            trace, own, parent, name, kind, start_ns, end_ns, status, remote_parent, label, workflow
         )  # fmt: skip
     return record if plan.refine is None else plan.refine(raw, record)
 
@@ -140,9 +139,9 @@ def text(attributes: Mapping[str, Any], keys: Sequence[str]) -> str:
 
 
 def number(value: object) -> int | float | None:
-    """A finite number of at least 0 (-1 is a known placeholder), also when it was written as text; else None."""
+    """A number of at least 0 (-1 is a known placeholder) and sensible size, also when written as text; else None."""
     if type(value) is int:
-        return value if value >= 0 else None
+        return value if 0 <= value < _LARGEST else None
     if isinstance(value, str):
         try:
             value = float(value)
@@ -150,4 +149,4 @@ def number(value: object) -> int | float | None:
             return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return value if 0 <= value < math.inf else None
+    return value if 0 <= value < _LARGEST else None

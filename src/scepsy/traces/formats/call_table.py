@@ -119,5 +119,5 @@ def _time_ns(value: object) -> int | None:
         except ValueError:
             return parse_time_ns(value) or None
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return _ORIGIN_NS + round(value * 1e9) if abs(value) < 1e12 else None
+        return _ORIGIN_NS + round(value * 1e9) if abs(value) < 1e9 * 8 else None
     return parse_time_ns(value) or None

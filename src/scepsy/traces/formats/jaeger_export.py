@@ -9,6 +9,8 @@ from scepsy.traces.records import Event, RawSpan, Tally
 
 BROKEN: Final = "spans that are not in Jaeger's form"
 
+_LATEST_NS = 1 << 64
+
 
 def recognises(value: object) -> bool:
     """Whether a parsed JSON value is a trace of Jaeger."""
@@ -43,13 +45,16 @@ def _span(span: Mapping[str, Any], processes: Mapping[str, Any]) -> RawSpan:
     process = span.get("process") or processes.get(str(span.get("processID"))) or {}
     resource = {tag["key"]: tag["value"] for tag in process.get("tags") or ()}
     start_ns = int(span["startTime"]) * 1000
+    end_ns = start_ns + int(span["duration"]) * 1000
+    if not (0 <= start_ns < _LATEST_NS and 0 <= end_ns < _LATEST_NS):
+        raise ValueError
     return RawSpan(
         trace,
         own,
         parent if isinstance(parent, str) else "",
         name,
         start_ns,
-        start_ns + int(span["duration"]) * 1000,
+        end_ns,
         str(attributes.get("otel.scope.name") or attributes.get("otel.library.name") or ""),
         attributes,
         resource | {"service.name": process.get("serviceName")},

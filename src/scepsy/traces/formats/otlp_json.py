@@ -12,6 +12,7 @@ BROKEN: Final = "spans that are not in OTLP's form"
 
 _HAS_IS_REMOTE = 0x100
 _IS_REMOTE = 0x200
+_LATEST_NS = 1 << 64
 _STATUS_ERROR = (2, "STATUS_CODE_ERROR")
 
 
@@ -47,6 +48,9 @@ def _span(span: Mapping[str, Any], scope: str, resource: Mapping[str, Any]) -> R
     trace, own, name, parent = span["traceId"], span["spanId"], span.get("name", ""), span.get("parentSpanId", "")
     if not (type(trace) is type(own) is type(name) is type(parent) is str and trace and own):
         raise TypeError
+    start_ns, end_ns = int(span["startTimeUnixNano"]), int(span.get("endTimeUnixNano", 0))
+    if not (0 <= start_ns < _LATEST_NS and 0 <= end_ns < _LATEST_NS):
+        raise ValueError
     status = span.get("status")
     events = span.get("events")
     return RawSpan(
@@ -54,8 +58,8 @@ def _span(span: Mapping[str, Any], scope: str, resource: Mapping[str, Any]) -> R
         own,
         parent,
         name,
-        int(span["startTimeUnixNano"]),
-        int(span.get("endTimeUnixNano", 0)),
+        start_ns,
+        end_ns,
         scope,
         {pair["key"]: _value(pair["value"]) for pair in span.get("attributes", ()) if pair["key"] in WANTED},
         resource,

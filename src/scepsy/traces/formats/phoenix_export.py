@@ -76,6 +76,6 @@ def _flatten(prefix: str, value: object, into: dict[str, Any]) -> None:
 
 def _time_ns(value: object) -> int:
     """A time as text, as a moment, or as milliseconds since the epoch, which is how data frames become JSON."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e16:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e13:
         return round(value * 1e6)
     return parse_time_ns(value)
