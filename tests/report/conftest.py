@@ -24,7 +24,7 @@ def execution(number, *, stretch=1.0, queue_s=None):
             span("a", "plan", 1 * s, 4 * s, llm="big", role="plan", queue_s=queue_s),
             span("b", "plan", 1 * s, 5 * s, llm="small", role="plan", queue_s=queue_s),
             span("tool", "root", 5 * s, 7 * s, kind="tool", name="search"),
-            span("c", "root", 7 * s, 10 * s, llm="big", role="write", queue_s=queue_s),
+            span("c", "root", 7 * s, 10 * s, llm="big", role="write [it]", queue_s=queue_s),
         ),
     )
 

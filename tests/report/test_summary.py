@@ -30,7 +30,7 @@ def test_roles_add_up_to_shares_and_visits(reading):
         assert sum(role["share"] for role in mine) == pytest.approx(llm["share"])
         assert sum(role["visits"] for role in mine) == pytest.approx(llm["visits"])
     assert {(role["llm"], role["role"]): role["visits"] for role in summary["roles"]} == {
-        ("big", "plan"): 1, ("big", "write"): 1, ("small", "plan"): 1,
+        ("big", "plan"): 1, ("big", "write [it]"): 1, ("small", "plan"): 1,
     }  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def test_transitions_are_waits(reading):
         (tuple(edge["from"]) if edge["from"] else None, tuple(edge["to"])): edge["per_execution"]
         for edge in summary_of(reading)["transitions"]
     }
-    write = ("big", "write")
+    write = ("big", "write [it]")
     assert edges[None, ("big", "plan")] == edges[None, ("small", "plan")] == 1
     assert edges[("small", "plan"), write] == 1
     assert sum(edges.values()) == pytest.approx(len(edges))

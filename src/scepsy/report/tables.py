@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from scepsy_optimizer.plan import LLMPlan, Plan
@@ -29,7 +30,7 @@ def workload_table(workload: Workload) -> Table:
     Columns: calls per execution, those on the critical path, calls at once, tokens per call in and out, seconds of
     service per execution, share of all LLMs' seconds.
     """
-    counts = ", ".join(f"{count} {workflow}" for workflow, count in workload.workflows.items())
+    counts = ", ".join(f"{count} {escape(workflow)}" for workflow, count in workload.workflows.items())
     table = plain_table(
         f"{workload.executions} executions ({counts})",
         caption=(
@@ -42,7 +43,7 @@ def workload_table(workload: Workload) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     for demand in workload.demands:
         table.add_row(
-            demand.llm,
+            escape(demand.llm),
             f"{demand.visits:.1f}",
             f"{demand.critical_visits:.1f}",
             f"{demand.parallelism:.1f}",
