@@ -25,9 +25,9 @@ from aiohttp import web
 
 from benchmarks.outcome import Bound, finish
 from scepsy.collect import Recorder, TraceStore
-from scepsy.deploy.backends import Backend, Pool
-from scepsy.deploy.forward import MAX_BODY_BYTES, client, server_options
-from scepsy.deploy.gateway import Gateway
+from scepsy.deployment.backends import Backend, Pool
+from scepsy.deployment.forward import MAX_BODY_BYTES, client, server_options
+from scepsy.deployment.gateway import Gateway
 
 REQUESTS = 3000
 STREAMS = 64

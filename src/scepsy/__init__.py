@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         uninstrument,
         workflow,
     )
-    from scepsy.deploy import Deployment, deploy
+    from scepsy.deployment import Deployment, deploy
     from scepsy.files import load_cluster, load_plan, load_profile, save_cluster, save_plan, save_profile
     from scepsy.planning import aggregate, optimize, optimize_and_deploy
     from scepsy.profiling import estimate
@@ -35,14 +35,14 @@ __version__ = "0.1.0"
 _HOMES = {
     "Cluster": "scepsy_optimizer.cluster",
     "ContextThreadPoolExecutor": "scepsy.capture",
-    "Deployment": "scepsy.deploy",
+    "Deployment": "scepsy.deployment",
     "LLMProfile": "scepsy_optimizer.profile",
     "Plan": "scepsy_optimizer.plan",
     "ScepsyError": "scepsy_optimizer.errors",
     "Workload": "scepsy_optimizer.workload",
     "agent": "scepsy.capture",
     "aggregate": "scepsy.planning",
-    "deploy": "scepsy.deploy",
+    "deploy": "scepsy.deployment",
     "estimate": "scepsy.profiling",
     "flush": "scepsy.capture",
     "instrument": "scepsy.capture",

@@ -21,7 +21,7 @@ from scepsy_optimizer.workload import Workload
 from scepsy_optimizer.workload import aggregate as aggregate_executions
 
 if TYPE_CHECKING:
-    from scepsy.deploy import Deployment
+    from scepsy.deployment import Deployment
 
 Traces = str | Path | Sequence[str | Path]
 Profiles = str | Path | Sequence[str | Path] | Mapping[str, LLMProfile]
@@ -75,10 +75,10 @@ def optimize_and_deploy(
 ) -> Deployment:
     """Plan for the traces and start the plan's engines behind one endpoint.
 
-    `deploy_options` go to `scepsy.deploy.deploy` (engine, host, port, name, command, ...). The deployment's `url` is
-    what the workflow's clients take as their base URL. Raises ScepsyError.
+    `deploy_options` go to `scepsy.deploy` (engine, host, port, name, command, ...). The deployment's `url` is what the
+    workflow's clients take as their base URL. Raises ScepsyError.
     """
-    from scepsy.deploy import deploy
+    from scepsy.deployment import deploy
 
     plan, found = _plan(traces, cluster, rate, max_latency_s, profiles, models, MAX_UTILISATION)
     return deploy(plan, profiles=found, **deploy_options)

@@ -170,10 +170,14 @@ def test_deploy_status_and_stop_work_from_several_processes(scepsy, traces, tmp_
     monkeypatch.setenv("SCEPSY_HOME", str(tmp_path / "home"))
     target = tmp_path / "plan.yaml"
     assert scepsy("optimize", traces, "--cluster", "2xH100", "--rate", "1", "-o", target)[0] == 0
-    code, out, err = scepsy("deploy", target, "--engine", "emulator", "--port", "0", "--name", "here", "--detach")
+    words = ["--engine", "emulator", "--port", "0", "--name", "here", "--detach", "--record", tmp_path / "calls"]
+    code, out, err = scepsy("deploy", target, *words)
     try:
         assert (code, err) == (0, "")
         assert "ready: OPENAI_BASE_URL=http://127.0.0.1:" in out
+        url = out.split("OPENAI_BASE_URL=")[1].split()[0]
+        question = {"model": "writer", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
+        assert httpx.post(f"{url}/chat/completions", json=question, timeout=30).status_code == 200
         code, out, _ = scepsy("status", "here")
         assert code == 0
         assert "generator-0" in out
@@ -182,6 +186,9 @@ def test_deploy_status_and_stop_work_from_several_processes(scepsy, traces, tmp_
     assert code == 0
     assert "stopped 'here'" in out
     assert scepsy("status", "here")[0] == 2
+    code, out, _ = scepsy("report", tmp_path / "calls")
+    assert code == 0
+    assert "1 executions" in out
 
 
 def test_demo_refuses_what_makes_no_sense(scepsy):

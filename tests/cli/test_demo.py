@@ -38,6 +38,7 @@ def test_the_whole_loop(scepsy, tmp_path, monkeypatch):
     assert plan.prediction.lower_bound_s <= plan.prediction.latency_s
     left = [process for process in psutil.Process().children(recursive=True) if process.status() != "zombie"]
     assert left == []
+    assert scepsy("demo", *words)[0] == 2  # the folder is taken
     # The command that it ends with works on what it has left.
     command = next(line for line in out.splitlines() if line.startswith("Next: "))
     code, out, err = scepsy(*command.split()[2:], "-o", tmp_path / "next.yaml")

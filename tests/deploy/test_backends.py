@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scepsy.deploy.backends import Backend, NoBackendError, Pool
+from scepsy.deployment.backends import Backend, NoBackendError, Pool
 
 
 def backend(name, **changes):

@@ -9,7 +9,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from scepsy.deploy import deploy, find, list_deployments, stop
+from scepsy.deployment import deploy, find, list_deployments, stop
 from scepsy.files import save_plan
 from scepsy.traces import read_executions
 from scepsy_optimizer.errors import ScepsyError
@@ -154,7 +154,7 @@ def test_an_engines_port_that_was_taken_meanwhile(stub, monkeypatch):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        monkeypatch.setattr("scepsy.deploy.processes.free_ports", lambda count: [port, port + 1, port + 2][:count])
+        monkeypatch.setattr("scepsy.deployment.processes.free_ports", lambda count: [port, port + 1, port + 2][:count])
         with stub() as deployment:
             assert replicas(deployment)["a-0"].url != f"http://127.0.0.1:{port}"
 
@@ -192,7 +192,7 @@ def test_all_replicas_dead(stub, wait):
 
 
 def test_a_stubborn_engine_is_killed_after_the_grace(stub, monkeypatch, process_table):
-    monkeypatch.setattr("scepsy.deploy.deployment._GRACE_S", 0.3)
+    monkeypatch.setattr("scepsy.deployment.lifecycle._GRACE_S", 0.3)
     stub.behave("stubborn children")
     deployment = stub()
     assert len(process_table()) == 1 + 2 * 4  # the controller; each a shim, an engine, its two children
@@ -231,7 +231,7 @@ def test_a_dead_parent_leaves_nothing(home, stub_command, plan_of_one, process_t
     script = tmp_path / "parent.py"
     script.write_text(
         "import sys, time\n"
-        "from scepsy.deploy import deploy\n"
+        "from scepsy.deployment import deploy\n"
         "from scepsy.files import load_plan\n"
         "deployment = deploy(load_plan(sys.argv[1]), engine='vllm-cpu', command=sys.argv[2:])\n"
         "print(deployment.url, flush=True)\n"
@@ -257,7 +257,7 @@ def test_a_parent_that_dies_during_the_start_leaves_nothing(
     monkeypatch.setenv("STUB_BEHAVIOUR", str(tmp_path / "behaviour"))
     save_plan(plan_of_one, tmp_path / "plan.yaml")
     code = (
-        "import sys\nfrom scepsy.deploy import deploy\nfrom scepsy.files import load_plan\n"
+        "import sys\nfrom scepsy.deployment import deploy\nfrom scepsy.files import load_plan\n"
         "deploy(load_plan(sys.argv[1]), engine='vllm-cpu', command=sys.argv[2:], detach=True)\n"
     )
     with subprocess.Popen([sys.executable, "-c", code, tmp_path / "plan.yaml", *stub_command]) as parent:
@@ -271,7 +271,7 @@ def test_detached_it_outlives_its_parent_and_is_stopped_by_name(
 ):
     save_plan(plan_of_one, tmp_path / "plan.yaml")
     code = (
-        "import sys\nfrom scepsy.deploy import deploy\nfrom scepsy.files import load_plan\n"
+        "import sys\nfrom scepsy.deployment import deploy\nfrom scepsy.files import load_plan\n"
         "print(deploy(load_plan(sys.argv[1]), engine='vllm-cpu', command=sys.argv[2:], detach=True, name='d').url)\n"
     )
     parent = [sys.executable, "-W", "error", "-c", code, tmp_path / "plan.yaml", *stub_command]

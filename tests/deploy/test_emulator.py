@@ -211,6 +211,6 @@ def test_the_process(make_profile, tmp_path, process_table, wait):
 
 
 def _free_port():
-    from scepsy.deploy.processes import free_ports
+    from scepsy.deployment.processes import free_ports
 
     return free_ports(1)[0]

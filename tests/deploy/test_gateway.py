@@ -12,9 +12,9 @@ import pytest
 from aiohttp import web
 from yarl import URL
 
-from scepsy.deploy.backends import Backend, Pool
-from scepsy.deploy.forward import MAX_BODY_BYTES, client, server_options
-from scepsy.deploy.gateway import Gateway, form_model
+from scepsy.deployment.backends import Backend, Pool
+from scepsy.deployment.forward import MAX_BODY_BYTES, client, server_options
+from scepsy.deployment.gateway import Gateway, form_model
 
 
 class Worker:

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from scepsy.deploy import machine, quota
+from scepsy.deployment import machine, quota
 from scepsy_optimizer.errors import ScepsyError
 
 GPUS = "0, GPU-aaa, NVIDIA H100 80GB HBM3\\n1, GPU-bbb, NVIDIA H100 80GB HBM3\\n"

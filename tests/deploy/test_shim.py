@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import scepsy.deploy.shim as shim_module
+import scepsy.deployment.shim as shim_module
 
 SHIM = shim_module.__file__
 
@@ -96,8 +96,8 @@ def test_a_command_that_cannot_be_started(tmp_path, process_table):
 
 
 def test_what_a_killed_shim_leaves_can_be_ended(start, process_table, wait):
-    from scepsy.deploy.processes import Identity, identify
-    from scepsy.deploy.state import Kept, end_kept
+    from scepsy.deployment.processes import Identity, identify
+    from scepsy.deployment.state import Kept, end_kept
 
     shim = start()
     kept = Kept(id="x", shim=identify(shim.process.pid), engine=identify(int(shim.engine)), scratch=str(shim.scratch))

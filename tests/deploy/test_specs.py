@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from scepsy.deploy import emulator_specs, vllm_cpu_specs, vllm_specs
+from scepsy.deployment import emulator_specs, vllm_cpu_specs, vllm_specs
 from scepsy_optimizer.errors import ScepsyError
 
 

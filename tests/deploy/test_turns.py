@@ -3,9 +3,9 @@ import os
 
 import pytest
 
-from scepsy.deploy import vllm_cpu_specs
-from scepsy.deploy.controller import _Turns
-from scepsy.deploy.state import Order
+from scepsy.deployment import vllm_cpu_specs
+from scepsy.deployment.controller import _Turns
+from scepsy.deployment.state import Order
 
 
 def order(engine, plan):

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from scepsy.deploy import list_deployments
+from scepsy.deployment import list_deployments
 from scepsy.profiling import (
     EngineChoice,
     EngineFlags,

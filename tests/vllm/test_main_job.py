@@ -10,7 +10,7 @@ import pytest
 
 from scepsy.demo.drive import drive
 from scepsy.demo.schedule import Arrivals
-from scepsy.deploy import deploy, list_deployments
+from scepsy.deployment import deploy, list_deployments
 from scepsy.planning import aggregate, optimize
 from scepsy.profiling import EngineFlags, measure
 from scepsy.profiling.endpoint import sum_samples

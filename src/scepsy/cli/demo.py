@@ -40,6 +40,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if not (args.rate > 0 and args.seconds > 0):
         raise ScepsyError("demo: --rate and --seconds must be positive")
     folder = args.examples or _shipped_examples()
+    if args.directory is not None and args.directory.exists() and any(args.directory.iterdir()):
+        raise ScepsyError(
+            f"demo: {args.directory} is not empty; name a new folder, so that no other traces get mixed in"
+        )
     directory = args.directory or Path("runs") / f"demo-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
     stage = Stage(
         examples={name: folder / f"{name}.py" for name in EXAMPLES},

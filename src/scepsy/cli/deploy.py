@@ -10,7 +10,7 @@ from types import FrameType
 from rich.console import Console
 
 from scepsy.cli.options import add_engine, add_profiles, parse_command, parse_models
-from scepsy.deploy import deploy
+from scepsy.deployment import deploy
 from scepsy.files import load_plan
 from scepsy.planning import resolve_profiles
 
@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("plan", metavar="PLAN", help="plan file, as scepsy optimize writes it")
     add_engine(parser)
     add_profiles(parser)
+    parser.add_argument("--record", metavar="FOLDER", help="write a trace of every call that the endpoint carries")
     parser.add_argument("--detach", action="store_true", help="return when ready; end it with scepsy stop")
 
 
@@ -42,6 +43,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         name=args.name,
         command=parse_command(args.engine_command),
         detach=args.detach,
+        record=args.record,
         on_event=lambda event: console.print(event, soft_wrap=True, markup=False, highlight=False),
     )
     console.print(f"ready: OPENAI_BASE_URL={deployment.url}", soft_wrap=True)

@@ -7,7 +7,7 @@ import argparse
 from rich.console import Console
 from rich.table import Table
 
-from scepsy.deploy import Deployment, find, list_deployments
+from scepsy.deployment import Deployment, find, list_deployments
 from scepsy.report.tables import plain_table
 
 HELP = "show running deployments and their replicas"

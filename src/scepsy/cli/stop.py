@@ -6,7 +6,7 @@ import argparse
 
 from rich.console import Console
 
-from scepsy.deploy import stop
+from scepsy.deployment import stop
 
 HELP = "end a deployment and everything it started"
 

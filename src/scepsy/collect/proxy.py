@@ -10,7 +10,7 @@ from aiohttp import web
 from yarl import URL
 
 from scepsy.collect.calls import RecordedCall, Recorder
-from scepsy.deploy.forward import BrokenOffError, NoAnswerError, NotConnectedError, exchange, relay
+from scepsy.deployment.forward import BrokenOffError, NoAnswerError, NotConnectedError, exchange, relay
 from scepsy_optimizer.errors import ScepsyError
 
 _SCHEMES: Final = ("http", "https")

@@ -18,7 +18,7 @@ from scepsy.collect.joining import Joiner
 from scepsy.collect.proxy import Upstream
 from scepsy.collect.receiver import Receiver
 from scepsy.collect.store import FILE_BYTES, TraceStore
-from scepsy.deploy.forward import client, server_options
+from scepsy.deployment.forward import client, server_options
 from scepsy_optimizer.errors import ScepsyError
 
 DEFAULT_PORT: Final = 4318

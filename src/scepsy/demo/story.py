@@ -8,7 +8,7 @@ from pathlib import Path
 
 from scepsy.demo.drive import Outcome, drive
 from scepsy.demo.schedule import Arrivals
-from scepsy.deploy import deploy
+from scepsy.deployment import deploy
 from scepsy.files import save_plan
 from scepsy.planning import provenance, resolve_cluster, resolve_profiles
 from scepsy.traces import read_executions

@@ -20,14 +20,14 @@ from scepsy_optimizer.plan import LLMPlan, Plan, Slot
 from scepsy_optimizer.profile import FractionSlowdown, LLMProfile, StepClock
 
 if TYPE_CHECKING:
-    from scepsy.deploy.specs import Engine
+    from scepsy.deployment.specs import Engine
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineChoice:
-    """How engines are started: as `scepsy.deploy.deploy` takes it. `profiles` are an emulator's timing."""
+    """How engines are started: as `scepsy.deployment.deploy` takes it. `profiles` are an emulator's timing."""
 
     engine: Engine = "vllm"
     command: tuple[str, ...] | None = None
@@ -181,7 +181,7 @@ async def _probe(url: str, llm: str, grid: Grid, file: Path, fraction: float, on
 
 def _on_engine(plan: Plan, choice: EngineChoice, work: Callable[[str], T], on_event: Callable[[str], None]) -> T:
     """Start the plan's only replica, do the work at its own URL, stop it."""
-    from scepsy.deploy import deploy
+    from scepsy.deployment import deploy
 
     with deploy(
         plan,

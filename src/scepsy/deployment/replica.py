@@ -12,11 +12,11 @@ from typing import Any, Final, Literal
 
 import aiohttp
 
-from scepsy.deploy import probe, processes, quota
-from scepsy.deploy.backends import Backend, Pool
-from scepsy.deploy.shimmed import START_MARK, Shimmed, StartError, exit_text
-from scepsy.deploy.specs import ReplicaSpec
-from scepsy.deploy.state import Kept
+from scepsy.deployment import probe, processes, quota
+from scepsy.deployment.backends import Backend, Pool
+from scepsy.deployment.shimmed import START_MARK, Shimmed, StartError, exit_text
+from scepsy.deployment.specs import ReplicaSpec
+from scepsy.deployment.state import Kept
 
 Phase = Literal["waiting", "starting", "ready", "restarting", "failed", "stopped"]
 

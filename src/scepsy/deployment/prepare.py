@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from scepsy.deploy import machine, processes, quota
-from scepsy.deploy.specs import DEFAULT_COMMAND, Engine, ReplicaSpec, emulator_specs, vllm_cpu_specs, vllm_specs
+from scepsy.deployment import machine, processes, quota
+from scepsy.deployment.specs import DEFAULT_COMMAND, Engine, ReplicaSpec, emulator_specs, vllm_cpu_specs, vllm_specs
 from scepsy.files import save_profile
 from scepsy_optimizer.engine import Engine as EngineModel
 from scepsy_optimizer.errors import ScepsyError

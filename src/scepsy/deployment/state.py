@@ -12,8 +12,8 @@ from typing import Final
 
 from pydantic import TypeAdapter, ValidationError
 
-from scepsy.deploy.processes import Identity, end, end_session
-from scepsy.deploy.specs import Engine, ReplicaSpec
+from scepsy.deployment.processes import Identity, end, end_session
+from scepsy.deployment.specs import Engine, ReplicaSpec
 from scepsy_optimizer.errors import ScepsyError
 
 DETACH: Final = b"detach\n"

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from scepsy.deploy import processes
-from scepsy.deploy.state import Kept, end_kept
+from scepsy.deployment import processes
+from scepsy.deployment.state import Kept, end_kept
 
 START_MARK: Final = "--- "
 """How the line begins that opens each start in a log."""

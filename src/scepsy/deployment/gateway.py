@@ -14,8 +14,8 @@ import orjson
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from scepsy.deploy.backends import Backend, NoBackendError, Pool
-from scepsy.deploy.forward import BrokenOffError, NoAnswerError, NotConnectedError, exchange, relay
+from scepsy.deployment.backends import Backend, NoBackendError, Pool
+from scepsy.deployment.forward import BrokenOffError, NoAnswerError, NotConnectedError, exchange, relay
 from scepsy.semconv import ATTEMPTS, REPLICA
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ import shutil
 import time
 from pathlib import Path
 
-from scepsy.deploy.machine import mps_command
-from scepsy.deploy.shimmed import Shimmed, StartError
-from scepsy.deploy.state import Kept
+from scepsy.deployment.machine import mps_command
+from scepsy.deployment.shimmed import Shimmed, StartError
+from scepsy.deployment.state import Kept
 
 _READY_S = 20.0
 _GRACE_S = 5.0

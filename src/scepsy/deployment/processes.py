@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from scepsy.deploy.specs import LOOPBACK
+from scepsy.deployment.specs import LOOPBACK
 from scepsy_optimizer.errors import ScepsyError
 
 _POLL_S = 0.02

@@ -20,10 +20,10 @@ from typing import IO, Any, Final, Self
 
 from pydantic import TypeAdapter
 
-from scepsy.deploy import processes, quota, state
-from scepsy.deploy.prepare import prepare
-from scepsy.deploy.processes import Identity
-from scepsy.deploy.specs import ENGINES, Engine
+from scepsy.deployment import processes, quota, state
+from scepsy.deployment.prepare import prepare
+from scepsy.deployment.processes import Identity
+from scepsy.deployment.specs import ENGINES, Engine
 from scepsy.files import save_plan
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.plan import Plan
@@ -258,7 +258,7 @@ def _launch(
 ) -> Deployment:
     with (directory / "logs" / "controller.log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "scepsy.deploy.controller", str(directory)],
+            [sys.executable, "-m", "scepsy.deployment.controller", str(directory)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,

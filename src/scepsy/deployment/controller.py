@@ -1,4 +1,4 @@
-"""The process that hosts a deployment: gateway, shims, watch. `python -m scepsy.deploy.controller FOLDER`.
+"""The process that hosts a deployment: gateway, shims, watch. `python -m scepsy.deployment.controller FOLDER`.
 
 It reads the order from its folder, writes events as JSON lines to its standard output until it is ready, and stops
 everything when it is told to, or when its standard input ends before it was told there to go on alone.
@@ -22,15 +22,15 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 from aiohttp import web
 
-from scepsy.deploy import probe, processes
-from scepsy.deploy.backends import Backend, Pool
-from scepsy.deploy.forward import MAX_BODY_BYTES, client, server_options
-from scepsy.deploy.gateway import Gateway
-from scepsy.deploy.mps import MpsDaemon
-from scepsy.deploy.replica import Replica
-from scepsy.deploy.shimmed import StartError
-from scepsy.deploy.specs import Engine
-from scepsy.deploy.state import DETACH, Order, State, forget, read_order, write_state
+from scepsy.deployment import probe, processes
+from scepsy.deployment.backends import Backend, Pool
+from scepsy.deployment.forward import MAX_BODY_BYTES, client, server_options
+from scepsy.deployment.gateway import Gateway
+from scepsy.deployment.mps import MpsDaemon
+from scepsy.deployment.replica import Replica
+from scepsy.deployment.shimmed import StartError
+from scepsy.deployment.specs import Engine
+from scepsy.deployment.state import DETACH, Order, State, forget, read_order, write_state
 from scepsy_optimizer.errors import ScepsyError
 
 if TYPE_CHECKING:

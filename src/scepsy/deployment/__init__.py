@@ -12,19 +12,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scepsy.deploy.deployment import Deployment, ReplicaStatus, Status, deploy, find, list_deployments, stop
-    from scepsy.deploy.specs import ReplicaSpec, emulator_specs, vllm_cpu_specs, vllm_specs
+    from scepsy.deployment.lifecycle import Deployment, ReplicaStatus, Status, deploy, find, list_deployments, stop
+    from scepsy.deployment.specs import ReplicaSpec, emulator_specs, vllm_cpu_specs, vllm_specs
 
 _HOMES = {
-    "Deployment": "deployment",
+    "Deployment": "lifecycle",
     "ReplicaSpec": "specs",
-    "ReplicaStatus": "deployment",
-    "Status": "deployment",
-    "deploy": "deployment",
+    "ReplicaStatus": "lifecycle",
+    "Status": "lifecycle",
+    "deploy": "lifecycle",
     "emulator_specs": "specs",
-    "find": "deployment",
-    "list_deployments": "deployment",
-    "stop": "deployment",
+    "find": "lifecycle",
+    "list_deployments": "lifecycle",
+    "stop": "lifecycle",
     "vllm_cpu_specs": "specs",
     "vllm_specs": "specs",
 }
@@ -48,4 +48,4 @@ def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"scepsy.deploy.{home}"), name)
+    return getattr(import_module(f"scepsy.deployment.{home}"), name)
