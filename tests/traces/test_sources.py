@@ -4,6 +4,7 @@ import json
 import pytest
 
 from scepsy.traces import read_executions
+from scepsy.traces.reading import NO_TRACES
 from scepsy.traces.sources import NOT_JSON, NOT_SPANS, TORN
 from scepsy_optimizer.errors import ScepsyError
 
@@ -44,6 +45,19 @@ def test_directories_files_and_gzip_each_once(line, tmp_path):
     reading = read_executions([tmp_path, tmp_path / "deep" / "one.jsonl"])
     assert sorted(execution.id for execution in reading.executions) == ["one", "two"]
     assert reading.files == 2
+
+
+def test_a_directory_may_hold_files_without_traces(line, tmp_path):
+    """As a process leaves them that ended before its first span; named on their own they are an error."""
+    (tmp_path / "one.jsonl").write_text(line("one") + "\n")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "settings.json").write_text('{"theme": "dark"}')
+    (tmp_path / "prices.csv").write_text("item,price\ncake,3\n")
+    reading = read_executions([tmp_path])
+    assert [execution.id for execution in reading.executions] == ["one"]
+    assert reading.dropped[NO_TRACES] == 3
+    with pytest.raises(ScepsyError, match="it is empty"):
+        read_executions([tmp_path, tmp_path / "empty.jsonl"])
 
 
 def test_executions_come_in_the_order_of_their_start(otlp, tmp_path):

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from scepsy.traces.assemble import assemble
 from scepsy.traces.dialects import normalise
 from scepsy.traces.matching import attached, match
-from scepsy.traces.records import LLM, SpanRecord, Tally
+from scepsy.traces.records import LLM, NoTracesError, SpanRecord, Tally
 from scepsy.traces.sources import find_files, read_spans
 from scepsy.traces.spool import Spool
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.executions import Execution
+
+NO_TRACES: Final = "files in a directory that hold no traces"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,16 +67,21 @@ def _executions(paths: Sequence[str | Path], tally: Tally) -> Iterator[tuple[int
     names = LLMNames()
     with Spool() as spool:
         detached: list[SpanRecord] = []
-        for path in find_files(paths):
-            for batch in read_spans(path, tally):
-                for raw in batch:
-                    record = normalise(raw)
-                    if record.endpoint:
-                        names.saw(record)
-                    if record.detached:
-                        detached.append(record)
-                    else:
-                        spool.add(record)
+        for path, named in find_files(paths).items():
+            try:
+                for batch in read_spans(path, tally):
+                    for raw in batch:
+                        record = normalise(raw)
+                        if record.endpoint:
+                            names.saw(record)
+                        if record.detached:
+                            detached.append(record)
+                        else:
+                            spool.add(record)
+            except NoTracesError:
+                if named:
+                    raise
+                tally.dropped[NO_TRACES] += 1
         moved = _reunite(detached, spool)
         whole = False
         for trace, records in spool.traces():

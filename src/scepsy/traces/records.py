@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 from scepsy.semconv import KIND_AGENT, KIND_LLM, KIND_STEP, KIND_TOOL, KIND_WORKFLOW
+from scepsy_optimizer.errors import ScepsyError
 
 WORKFLOW: Final = KIND_WORKFLOW
 AGENT: Final = KIND_AGENT
@@ -105,3 +106,7 @@ class Tally:
     spans: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     repaired: Counter[str] = field(default_factory=Counter)
+
+
+class NoTracesError(ScepsyError):
+    """A file could be read, and nothing in it is a trace."""

@@ -22,7 +22,7 @@ from scepsy.traces.formats import (
     otlp_typed,
     phoenix_export,
 )
-from scepsy.traces.records import RawSpan, Tally
+from scepsy.traces.records import NoTracesError, RawSpan, Tally
 from scepsy_optimizer.errors import ScepsyError
 
 STDIN = "-"
@@ -45,13 +45,15 @@ _LONGEST_MESSAGE = 1 << 30
 _LONGEST_DECOMPRESSED = 1 << 31
 
 
-def find_files(paths: Sequence[str | Path]) -> list[Path]:
+def find_files(paths: Sequence[str | Path]) -> Mapping[Path, bool]:
     """The files among `paths` and the trace files in the directories among them, each once; "-" is standard input.
+
+    The values say which were named themselves: what lies in a directory need not be a trace.
 
     Raises ScepsyError for a path that does not exist and for a directory without any trace file.
     """
     endings = tuple(suffix + more for suffix in SUFFIXES for more in COMPRESSED)
-    files: dict[Path, Path] = {}
+    files: dict[Path, tuple[Path, bool]] = {}
     for path in map(Path, paths):
         if path.is_dir():
             found = sorted(file for file in path.rglob("*") if file.name.endswith(endings) and file.is_file())
@@ -62,14 +64,15 @@ def find_files(paths: Sequence[str | Path]) -> list[Path]:
         else:
             raise ScepsyError(f"{path}: no such file or directory; expected traces")
         for file in found:
-            files.setdefault(file.resolve(), file)
-    return list(files.values())
+            key = file.resolve()
+            files[key] = files.get(key, (file, False))[0], not path.is_dir() or files.get(key, (file, False))[1]
+    return dict(files.values())
 
 
 def read_spans(path: Path, tally: Tally) -> Iterator[Iterable[RawSpan]]:
     """The spans of one file, in batches as they come; `tally` counts what cannot be used.
 
-    Raises ScepsyError for a file that cannot be opened, and for one in which there is no trace at all.
+    Raises ScepsyError for a file that cannot be opened, and NoTracesError for one in which there is no trace at all.
     """
     tally.files += 1
     try:
@@ -143,7 +146,7 @@ def _json(path: Path, stream: io.BufferedReader, tally: Tally) -> Iterator[Itera
                 yield reader.spans(item, tally)
     if not found:
         was = "nothing: it is empty" if not lines else f"{lines} lines, none of them a complete one"
-        raise ScepsyError(
+        raise NoTracesError(
             f"{path}: expected traces (OTLP, or an export of Langfuse, Phoenix or Jaeger), found {was}; "
             "trace the workflow again with scepsy.instrument() or name another file"
         )

@@ -10,9 +10,8 @@ from typing import Any, Final
 
 from scepsy import semconv
 from scepsy.traces.dialects.table import number
-from scepsy.traces.records import CALL, STEP, RawSpan, Tally
+from scepsy.traces.records import CALL, STEP, NoTracesError, RawSpan, Tally
 from scepsy.traces.times import parse_time_ns
-from scepsy_optimizer.errors import ScepsyError
 
 BROKEN: Final = "rows without an execution or a start"
 NO_DURATION: Final = "calls without a duration, taken as instants"
@@ -39,17 +38,12 @@ _REQUIRED = ("execution", "model", "start")
 _ORIGIN_NS = 10**18
 
 
-def recognises(columns: Sequence[str]) -> bool:
-    """Whether a table with these columns is one of calls."""
-    return all(_column(fact, columns) for fact in _REQUIRED)
-
-
 def spans(
     rows: Iterable[Mapping[str, Any]], columns: Sequence[str], *, workflow: str, place: str, tally: Tally
 ) -> Iterator[RawSpan]:
     """The rows as spans; `workflow` names the executions of a table without such a column.
 
-    Raises ScepsyError, which names the `place`, for a table without the columns that are needed.
+    Raises NoTracesError, which names the `place`, for a table without the columns that are needed.
     """
     names = {fact: _column(fact, columns) for fact in COLUMNS}
     missing = [fact for fact in _REQUIRED if not names[fact]]
@@ -57,7 +51,7 @@ def spans(
         missing.append("duration")
     if missing:
         known = "; ".join(f"{fact}: {' or '.join(COLUMNS[fact])}" for fact in missing)
-        raise ScepsyError(
+        raise NoTracesError(
             f"{place}: a table of calls lacks columns ({known}); it has {', '.join(map(str, columns)) or 'none'}"
         )
     for index, row in enumerate(rows):
