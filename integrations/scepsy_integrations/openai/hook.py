@@ -84,8 +84,10 @@ def _attempt(request: Any) -> None:
     exchange = _sending.get()
     if exchange is not None:
         exchange.attempt()
-        if "traceparent" not in request.headers:
-            request.headers.update(exchange.handle.traceparent())
+        headers = request.headers
+        if "traceparent" not in headers:
+            for name, value in exchange.handle.traceparent().items():
+                headers[name] = value
 
 
 @harmless
@@ -102,74 +104,55 @@ def _arrived() -> None:
         exchange.arrived()
 
 
-def _request(wrapped: Callable[..., Any], client: Any) -> Callable[..., Any]:
-    @functools.wraps(wrapped)
-    def request(cast_to: Any, options: Any, **kwargs: Any) -> Any:
-        exchange = _begin(client, options, bool(kwargs.get("stream")))
-        if exchange is None:
-            return wrapped(cast_to, options, **kwargs)
-        tokens = _enter(exchange)
-        try:
-            answer = wrapped(cast_to, options, **kwargs)
-        except BaseException as error:
-            _failed(exchange, error)
-            raise
-        finally:
-            _leave(tokens)
-        _answered(exchange, answer)
-        return answer
-
-    return request
+def _request(wrapped: Callable[..., Any], client: Any, cast_to: Any, options: Any, **kwargs: Any) -> Any:
+    exchange = _begin(client, options, bool(kwargs.get("stream")))
+    if exchange is None:
+        return wrapped(cast_to, options, **kwargs)
+    tokens = _enter(exchange)
+    try:
+        answer = wrapped(cast_to, options, **kwargs)
+    except BaseException as error:
+        _failed(exchange, error)
+        raise
+    finally:
+        _leave(tokens)
+    _answered(exchange, answer)
+    return answer
 
 
-def _async_request(wrapped: Callable[..., Any], client: Any) -> Callable[..., Any]:
-    @functools.wraps(wrapped)
-    async def request(cast_to: Any, options: Any, **kwargs: Any) -> Any:
-        exchange = _begin(client, options, bool(kwargs.get("stream")))
-        if exchange is None:
-            return await wrapped(cast_to, options, **kwargs)
-        tokens = _enter(exchange)
-        try:
-            answer = await wrapped(cast_to, options, **kwargs)
-        except BaseException as error:
-            _failed(exchange, error)
-            raise
-        finally:
-            _leave(tokens)
-        _answered(exchange, answer)
-        return answer
-
-    return request
+async def _async_request(wrapped: Callable[..., Any], client: Any, cast_to: Any, options: Any, **kwargs: Any) -> Any:
+    exchange = _begin(client, options, bool(kwargs.get("stream")))
+    if exchange is None:
+        return await wrapped(cast_to, options, **kwargs)
+    tokens = _enter(exchange)
+    try:
+        answer = await wrapped(cast_to, options, **kwargs)
+    except BaseException as error:
+        _failed(exchange, error)
+        raise
+    finally:
+        _leave(tokens)
+    _answered(exchange, answer)
+    return answer
 
 
-def _prepare_request(wrapped: Callable[..., Any], _client: Any) -> Callable[..., Any]:
-    @functools.wraps(wrapped)
-    def prepare(request: Any) -> Any:
-        _attempt(request)
-        return wrapped(request)
-
-    return prepare
+def _prepare_request(wrapped: Callable[..., Any], _client: Any, request: Any) -> Any:
+    _attempt(request)
+    return wrapped(request)
 
 
-def _sleep_for_retry(wrapped: Callable[..., Any], _client: Any) -> Callable[..., Any]:
-    @functools.wraps(wrapped)
-    def sleep(*args: Any, **kwargs: Any) -> Any:
-        _backoff()
-        return wrapped(*args, **kwargs)
-
-    return sleep
+def _sleep_for_retry(wrapped: Callable[..., Any], _client: Any, *args: Any, **kwargs: Any) -> Any:
+    _backoff()
+    return wrapped(*args, **kwargs)
 
 
-def _process_response(wrapped: Callable[..., Any], _client: Any) -> Callable[..., Any]:
-    @functools.wraps(wrapped)
-    def process(*args: Any, **kwargs: Any) -> Any:
-        _arrived()
-        return wrapped(*args, **kwargs)
-
-    return process
+def _process_response(wrapped: Callable[..., Any], _client: Any, *args: Any, **kwargs: Any) -> Any:
+    _arrived()
+    return wrapped(*args, **kwargs)
 
 
-_Hook = Callable[[Callable[..., Any], Any], Callable[..., Any]]
+_Hook = Callable[..., Any]
+"""What runs in place of a bound method: called with that method, the client, and the method's arguments."""
 
 
 def _hooks(*, asynchronous: bool) -> dict[str, _Hook]:
@@ -193,10 +176,9 @@ class _ClassPatch:
 
         @functools.wraps(original)
         def method(client: Any, *args: Any, **kwargs: Any) -> Any:
-            bound = functools.partial(original, client)
             if self.on and _INSTRUMENTED not in vars(client):
-                return hook(bound, client)(*args, **kwargs)
-            return bound(*args, **kwargs)
+                return hook(functools.partial(original, client), client, *args, **kwargs)
+            return original(client, *args, **kwargs)
 
         self.replacement = method
         setattr(owner, name, method)
@@ -225,7 +207,8 @@ def instrument_client(client: object) -> Callable[[], None] | None:
         return lambda: None
     hooks = _hooks(asynchronous=isinstance(client, openai.AsyncOpenAI))
     for name, hook in hooks.items():
-        setattr(client, name, hook(getattr(client, name), client))
+        method = getattr(client, name)
+        setattr(client, name, functools.wraps(method)(functools.partial(hook, method, client)))
 
     def copying(copy: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(copy)
