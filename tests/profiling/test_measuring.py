@@ -134,11 +134,15 @@ def test_a_step_that_was_not_measured_is_filled_by_what_contexts_add():
 
 def test_the_grid_keeps_within_the_models_length_and_the_cache():
     grid = probe_grid(max_model_len=2048, max_num_seqs=32, kv_tokens=6000)
-    assert grid.prefill_tokens == (16, 64, 256, 1024, 1999)
+    assert grid.prefill_tokens == (16, 64, 256, 1024, 1983)
     assert (32, 64) in grid.decode
     assert (4, 1024) in grid.decode
     assert (8, 1024) not in grid.decode
-    assert all(batch * context <= 6000 for batch, context in grid.decode)
+    assert all(batch * (context + 64) <= 6000 for batch, context in grid.decode)
+    assert all(
+        context <= 1024 for _, context in probe_grid(max_model_len=1100, max_num_seqs=256, kv_tokens=None).decode
+    )
+    assert (16, 1024) not in probe_grid(max_model_len=1100, max_num_seqs=256, kv_tokens=None).decode
     assert grid.points == len(grid.prefill_tokens) + len(grid.decode)
 
 

@@ -2,27 +2,29 @@
 
 Prefill: single requests of one output token on an idle engine; their time is one prefill step and the way through the
 API. Where the engine counts the step itself (vLLM does), the rest is the time per request outside its steps. Decode:
-requests of equal length that start together; between the last one's first token and the first one's last token nothing
-but decode steps of the full batch runs.
+requests of equal length that start together, once with few and once with more tokens; the difference is decode steps of
+the full batch and nothing else. The moments at which single tokens arrive are not used: an API server that lacks a core
+sends them in bursts.
 """
 
 from __future__ import annotations
 
 import asyncio
 import statistics
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 
-from scepsy.profiling.endpoint import Endpoint, Timing
+from scepsy.profiling.endpoint import Endpoint
 from scepsy.profiling.journal import Journal
 
 _WARM_UP = (64, 16)
 _REPEATS = 3
 # Up to this many prompt tokens a batch is decoded as often as prompts are prefilled; the median drops a hiccup.
 _CHEAP = 4096
-# A batch decodes at least this long, so that the window in which all of it runs holds a good number of steps.
-_DECODE_TOKENS = 48
+# How many tokens more the longer calls have.
+_DECODE_TOKENS = 64
+_SHORTEST_STEP_S = 1e-5
 # Contexts are made by real prefills: more prompt tokens than this in one point take longer than they tell.
 _PROMPT_BUDGET = 32768
 
@@ -74,9 +76,15 @@ def probe_grid(*, max_model_len: int, max_num_seqs: int, kv_tokens: int | None) 
         (batch, context)
         for context in contexts
         for batch in batches
-        if batch * (context + _DECODE_TOKENS) <= room or (batch == 1 and context == contexts[0])
+        if context + _longest_answer(batch, context) <= max_model_len
+        and (batch * (context + _longest_answer(batch, context)) <= room or (batch == 1 and context == contexts[0]))
     ]
     return Grid(prefill_tokens=tuple(prefill), decode=tuple(decode))
+
+
+def _longest_answer(batch: int, context: int) -> int:
+    """Tokens of the longer calls: prefills come one after another, and the first one must still run at the last."""
+    return 8 + batch * context // 2048 + batch // 8 + _DECODE_TOKENS
 
 
 async def probe(
@@ -123,23 +131,16 @@ async def _prefill(endpoint: Endpoint, tokens: int) -> dict[str, float]:
 
 
 async def _decode(endpoint: Endpoint, batch: int, context: int) -> dict[str, float]:
-    # Prefills of a batch come one after another: its first member must still run when the last one starts.
-    tokens = _DECODE_TOKENS + (batch * context // 2048) + batch // 8
+    few, many = _longest_answer(batch, context) - _DECODE_TOKENS, _longest_answer(batch, context)
     found = []
     for _ in range(_REPEATS if batch * context <= _CHEAP else 1):
-        timings = await asyncio.gather(*(endpoint.complete(context, tokens) for _ in range(batch)))
-        found.append(_shared_step_s(timings))
-    return {"step_s": statistics.median(found)}
+        short_s = await _batch_s(endpoint, batch, context, few)
+        long_s = await _batch_s(endpoint, batch, context, many)
+        found.append((long_s - short_s) / _DECODE_TOKENS)
+    return {"step_s": max(_SHORTEST_STEP_S, statistics.median(found))}
 
 
-def _shared_step_s(timings: Sequence[Timing]) -> float:
-    """Time per token while all of the requests decode; over all of their decoding if they never do together."""
-    start = max(timing.tokens_s[0][0] for timing in timings)
-    end = min(timing.tokens_s[-1][0] for timing in timings)
-    found = []
-    for timing in timings:
-        inside = [(at, count) for at, count in timing.tokens_s if start <= at <= end]
-        if len(inside) > 4:
-            (first, before), (last, count) = inside[0], inside[-1]
-            found.append((last - first) / (count - before))
-    return statistics.median(found or [timing.per_token_s for timing in timings])
+async def _batch_s(endpoint: Endpoint, batch: int, context: int, tokens: int) -> float:
+    """Mean time of the calls of a batch that starts together."""
+    timings = await asyncio.gather(*(endpoint.complete(context, tokens) for _ in range(batch)))
+    return statistics.mean(timing.call_s for timing in timings)
