@@ -150,20 +150,21 @@ def _worker(name: str) -> None:
 
         ended = 0
 
-        def on_end(self, span: Any) -> None:
+        def on_end(self, span: Any) -> None:  # noqa: ARG002 - the processor interface has it
             self.ended += 1
 
     drop = Drop()
     provider = TracerProvider()
     provider.add_span_processor(drop)
     columns = _columns()
-    before = {column: measure() for column, measure in columns.items()}
+    # Twice, the best counts: what is measured first also warms every cache for what comes after.
+    before = {column: min(measure(), measure()) for column, measure in columns.items()}
     with tempfile.TemporaryDirectory() as directory:
         rivals.turn_on(name, provider, directory)
         added, captured = {}, {}
         for column, measure in columns.items():
             drop.ended = 0
-            added[column] = measure() - before[column]
+            added[column] = min(measure(), measure()) - before[column]
             captured[column] = name == "scepsy" or drop.ended > 0
         print(json.dumps({"added_us": added, "before_us": before, "captured": captured}), flush=True)
 
