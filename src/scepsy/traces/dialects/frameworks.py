@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
+
+from scepsy.traces.records import SpanRecord
 
 _PARTS = re.compile(
     r"(Runnable\w*|ChatPromptTemplate|PromptTemplate|\w*OutputParser|LangGraph|_write|\w*Channel\w*|branch:.*"
@@ -10,6 +13,11 @@ _PARTS = re.compile(
 )
 
 
-def purpose(name: str) -> str:
-    """The name, or nothing if it is a framework's own."""
-    return "" if _PARTS.fullmatch(name) else name
+def with_purpose(record: SpanRecord) -> SpanRecord:
+    """The record of a step, without its label if that is a framework's own name."""
+    return record._replace(label="") if _is_part(record.label) else record
+
+
+@lru_cache(maxsize=4096)
+def _is_part(name: str) -> bool:
+    return _PARTS.fullmatch(name) is not None

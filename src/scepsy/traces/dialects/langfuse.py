@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import msgspec
 
-from scepsy.traces.dialects.frameworks import purpose
+from scepsy.traces.dialects.frameworks import with_purpose
 from scepsy.traces.dialects.table import Dialect, Keys, number
 from scepsy.traces.records import AGENT, FAILED, LLM, STEP, TOOL, WORKFLOW, RawSpan, SpanRecord
 from scepsy.traces.times import parse_time_ns
@@ -44,7 +44,7 @@ def _refine(raw: RawSpan, record: SpanRecord) -> SpanRecord:
     if raw.attributes.get(LEVEL) == "ERROR":
         changed["status"] = FAILED
     if record.kind != LLM:
-        return record._replace(label=purpose(record.label), **changed)
+        return with_purpose(record._replace(**changed) if changed else record)
     usage = _parsed(raw.attributes.get(USAGE))
     if isinstance(usage, dict):
         details = usage.get("prompt_tokens_details")

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import msgspec
 
-from scepsy.traces.dialects.frameworks import purpose
+from scepsy.traces.dialects.frameworks import with_purpose
 from scepsy.traces.dialects.table import Dialect, Keys, text
 from scepsy.traces.records import AGENT, LLM, STEP, TOOL, WORKFLOW, RawSpan, SpanRecord
 
@@ -32,8 +32,8 @@ def _kind(raw: RawSpan) -> str:
 
 def _refine(raw: RawSpan, record: SpanRecord) -> SpanRecord:
     if record.kind != LLM:
-        return record._replace(label=purpose(record.label))
-    changed: dict[str, Any] = {"detached": not raw.parent}
+        return with_purpose(record)
+    changed: dict[str, Any] = {} if raw.parent else {"detached": True}
     if not record.model:
         # Spans of failed calls have the request's parameters only.
         changed["model"] = _requested_model(raw.attributes)
@@ -43,7 +43,7 @@ def _refine(raw: RawSpan, record: SpanRecord) -> SpanRecord:
         if first_ns > raw.end_ns > 0:
             # The end is when the generator was returned, not when it was read.
             changed |= {"end_ns": first_ns, "flaw": EARLY_END}
-    return record._replace(**changed)
+    return record._replace(**changed) if changed else record
 
 
 def _requested_model(attributes: Mapping[str, Any]) -> str:

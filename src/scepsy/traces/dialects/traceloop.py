@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from scepsy.semconv import LLM_OPERATIONS
-from scepsy.traces.dialects.frameworks import purpose
+from scepsy.traces.dialects.frameworks import with_purpose
 from scepsy.traces.dialects.table import Dialect, Keys, text
 from scepsy.traces.records import AGENT, LLM, STEP, TOOL, WORKFLOW, RawSpan, SpanRecord
 
@@ -25,8 +25,10 @@ def _kind(raw: RawSpan) -> str:
 
 def _refine(raw: RawSpan, record: SpanRecord) -> SpanRecord:
     if record.kind != LLM:
-        return record._replace(label=purpose(record.label))
+        return with_purpose(record)
     if record.time_to_first_token_s is not None:
+        return record
+    if not raw.events:
         return record
     chunks = [event.time_ns for event in raw.events if event.name in _FIRST_CHUNKS]
     # There is an event per chunk, and the SDK keeps only the newest 128: the first that is left may not be the first.
