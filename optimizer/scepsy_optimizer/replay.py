@@ -84,7 +84,10 @@ class _Replica:
 
 
 class _Run:
-    """The event loop. Events: something in an execution happens (its index, its event), or a stretch ends."""
+    """The event loop. Events: something in an execution happens (its index, its event), or a stretch ends.
+
+    What a call spends outside the engine comes before it is submitted; its submission is the complement of its event.
+    """
 
     def __init__(self, plan: Plan, profiles: Mapping[str, LLMProfile], timelines: Sequence[Timeline]) -> None:
         self._timelines = timelines
@@ -104,6 +107,7 @@ class _Run:
         called = {call.llm for timeline in timelines for call in timeline.calls}
         if missing := sorted(called - self._replicas.keys()):
             raise ScepsyError(f"replay: the executions call {', '.join(missing)}, which the plan does not serve")
+        self._outside_s = {llm: profiles[llm].request_s for llm in self._replicas}
         self._successors: dict[int, list[list[int]]] = {}
         # What each execution still waits for, per event; made when it arrives, dropped when it is over.
         self._open: dict[int, list[int]] = {}
@@ -121,7 +125,9 @@ class _Run:
         """Let everything happen."""
         while self._heap:
             time_s, _, replica, first, second = heapq.heappop(self._heap)
-            if replica is None:
+            if replica is None and second < 0:
+                self._submit(time_s, first, ~second)
+            elif replica is None:
                 self._happen(time_s, first, second)
             elif replica.version == first and replica.stretch is not None:
                 self._end_stretch(time_s, replica)
@@ -143,7 +149,9 @@ class _Run:
             if call < 0:
                 self.at(ready_s, execution, follower)
             else:
-                self._send(ready_s, execution, call, follower)
+                self._sent_s[execution, follower] = ready_s
+                outside_s = self._outside_s[timeline.calls[call].llm]
+                self.at(ready_s + outside_s, execution, ~follower)
 
     def _following(self, timeline: Timeline) -> list[list[int]]:
         found = self._successors.get(id(timeline))
@@ -155,14 +163,13 @@ class _Run:
             self._successors[id(timeline)] = found
         return found
 
-    def _send(self, time_s: float, execution: int, call: int, event: int) -> None:
-        """Send a call now: a call starts with its own event, which happens at `time_s`."""
-        request = self._timelines[execution].calls[call]
+    def _submit(self, time_s: float, execution: int, event: int) -> None:
+        """A call reaches the replica with the least outstanding work for its devices."""
+        timeline = self._timelines[execution]
+        request = timeline.calls[timeline.call_of[event]]
         replica = min(self._replicas[request.llm], key=lambda one: ((one.outstanding + 1) / one.weight, one.number))
-        key = (execution, event)
-        _submit(replica.engine, key, request)
+        _submit(replica.engine, (execution, event), request)
         replica.outstanding += 1
-        self._sent_s[key] = time_s
         if replica.stretch is None:
             self._begin(time_s, replica)
         elif replica.stretch.steps > 1:

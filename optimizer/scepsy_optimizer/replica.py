@@ -149,7 +149,7 @@ def loaded_speeds(
     input_s = slope * (together / prompt)
     prefill_s = clock.prefill_times_s(together)
     behind_s = occupied * np.maximum(0.0, 1.5 * step_s(batch) - clock.overlap_s)
-    first_s = clock.host_s + prefill_s + behind_s + work_s * busy / (2 * (1 - busy))
+    first_s = profile.request_s + clock.host_s + prefill_s + behind_s + work_s * busy / (2 * (1 - busy))
     fixed_s = first_s - input_s * prompt - decode_s
     full = utilisation >= 1
     return LoadedSpeeds(

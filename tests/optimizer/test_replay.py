@@ -1,5 +1,6 @@
 """Replay against the pipeline at light load, against queueing theory, and against itself."""
 
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -50,6 +51,21 @@ def test_light_load_equals_the_pipeline(runs, profiles):
     assert plan.prediction is not None
     assert replayed.latencies_s.mean() == pytest.approx(plan.prediction.latency_s, rel=0.02)
     assert len(replayed.calls) == sum(len(timeline.calls) for timeline in workload.timelines)
+
+
+def test_time_outside_the_engine_is_added_to_each_call_and_occupies_nothing(runs, profiles):
+    workload = aggregate(runs)
+    slower = {llm: replace(profile, request_s=0.25) for llm, profile in profiles.items()}
+    found = []
+    for used in (profiles, slower):
+        plan = predict(workload, used, CLUSTER, {"a": choice(2), "b": choice(1)}, rate_rps=0.01)
+        replayed = replay(plan, used, workload.timelines, np.arange(len(runs)) * 1000.0)
+        assert plan.prediction is not None
+        found.append((plan.prediction.latency_s, float(replayed.latencies_s.mean())))
+        assert len(replayed.calls) == 3 * len(runs)
+    # two calls on every critical path
+    assert found[1][0] - found[0][0] == pytest.approx(0.5)
+    assert found[1][1] - found[0][1] == pytest.approx(0.5, abs=0.01)
 
 
 def test_moderate_load_is_near_the_pipeline(runs, profiles):

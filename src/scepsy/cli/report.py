@@ -8,8 +8,8 @@ import json
 from rich.console import Console
 
 from scepsy.cli.options import add_traces
-from scepsy.report.summary import summarise, warnings
-from scepsy.report.tables import workload_table
+from scepsy.report.summary import summarise
+from scepsy.report.terminal import print_report
 from scepsy.traces import read_executions
 from scepsy_optimizer.workload import aggregate
 
@@ -34,11 +34,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if args.json:
         print(json.dumps(summarise(reading, workload, timelines=False)))
         return 0
-    console.print(workload_table(workload))
-    for warning in warnings(summarise(reading, workload, timelines=False)):
-        console.print(warning, soft_wrap=True, markup=False)
-    for reason, count in sorted(reading.dropped.items()):
-        console.print(f"left out: {count} x {reason}", soft_wrap=True, markup=False)
+    print_report(summarise(reading, workload, timelines=False), console)
     if args.html:
         console.print(f"written to {args.html}", soft_wrap=True)
     return 0

@@ -90,7 +90,9 @@ class EmulatedServer:
     async def _embeddings(self, request: web.Request) -> web.Response:
         body = await self._body(request)
         arrived_s = asyncio.get_running_loop().time()
-        generations = self._submit(parse_embeddings(body, self._profile.max_model_len), arrived_s)
+        prompts = parse_embeddings(body, self._profile.max_model_len)
+        await asyncio.sleep(self._profile.request_s)
+        generations = self._submit(prompts, arrived_s)
         await self._wait(generations, ["stop"] * len(generations))
         data = []
         for index in range(len(generations)):
@@ -137,6 +139,7 @@ class EmulatedServer:
             answers.append(words(random, length))
         prompts = tuple(prompt for prompt in asked.prompts for _ in range(asked.choices))
         lengths = tuple(len(answer) for answer in answers)
+        await asyncio.sleep(self._profile.request_s)
         generations = self._submit(prompts, arrived_s, lengths, streamed=asked.stream)
         reasons = ["length" if length == asked.max_tokens else "stop" for length in lengths]
         head = {

@@ -77,7 +77,7 @@ def _open_loop(profile: LLMProfile, size: int, load: Load, fraction: float) -> R
     speeds = loaded_speeds(profile, size, fraction, shape, np.array([load.rate_rps]), np.array([1.0]))
     per_token_s = float(speeds.output_s[0])
     # The first token is part of the output tokens' time in the planner's form.
-    first_s = float(speeds.fixed_s[0] + speeds.input_s[0] * load.computed_tokens) + per_token_s + profile.request_s
+    first_s = float(speeds.fixed_s[0] + speeds.input_s[0] * load.computed_tokens) + per_token_s
     return Response(first_token_s=first_s, per_token_s=per_token_s)
 
 

@@ -69,7 +69,7 @@ def plan_table(plan: Plan) -> Table:
     table.add_column("where")
     for part in plan.llms:
         table.add_row(
-            part.llm,
+            escape(part.llm),
             replica_words(part),
             str(part.replicas),
             f"{part.device_count:g}",
