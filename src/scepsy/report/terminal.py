@@ -32,11 +32,12 @@ def _llms(summary: Mapping[str, Any]) -> Any:
         f"{summary['executions']:,} executions, {summary['calls']:,} LLM calls, {summary['spans']:,} spans",
         caption=(
             f"mean latency {summary['latency_s']:.2f} s (cv {summary['latency_cv']:.2f}), "
-            f"of which {summary['tool_s']:.2f} s outside LLMs"
+            f"of which {summary['tool_s']:.2f} s outside LLMs; path: calls on the critical path, par.: at once, "
+            "±10 %: executions that are missing to know the share so well"
         ),
     )
     table.add_column("LLM", no_wrap=True)
-    for column in ("calls", "on path", "parallel", "in", "out", "seconds", "share", "95 %", "cv", "for ±10 %"):
+    for column in ("calls", "path", "par.", "in", "out", "s", "share", "95 %", "cv", "±10 %"):
         table.add_column(column, justify="right", no_wrap=True)
     for llm in summary["llms"]:
         more = llm["more_executions"]
@@ -57,9 +58,9 @@ def _llms(summary: Mapping[str, Any]) -> Any:
 
 
 def _workflows(summary: Mapping[str, Any]) -> Any:
-    table = plain_table("workflows", caption="width: calls at once; depth: calls one after another (means)")
+    table = plain_table("workflows", caption="width: calls at once; depth: calls one after another; deep: recursion")
     table.add_column("workflow", no_wrap=True)
-    for column in ("runs", "mean s", "p50", "p95", "cv", "calls", "width", "depth", "rounds", "recursion"):
+    for column in ("runs", "mean", "p50", "p95", "cv", "calls", "width", "depth", "rounds", "deep"):
         table.add_column(column, justify="right", no_wrap=True)
     for flow in summary["workflows"]:
         latency = flow["latency_s"]
