@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from scepsy.cli import main
-from scepsy.files import load_plan
+from scepsy.files import load_plan, load_profile
 from scepsy_optimizer.placement import check_placement
 
 
@@ -202,4 +202,38 @@ def test_help_names_every_command(capsys):
         main(["--help"])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    assert all(name in shown for name in ("demo", "collect", "report", "optimize", "deploy", "status", "stop"))
+    assert all(
+        name in shown for name in ("demo", "collect", "report", "profile", "optimize", "deploy", "status", "stop")
+    )
+
+
+def test_profile_estimates_and_its_file_is_planned_with(scepsy, traces, tmp_path):
+    target = tmp_path / "poet.yaml"
+    words = ["profile", "Qwen/Qwen3-8B", "--estimate", "--device-type", "h100", "--llm", "writer", "-o", target]
+    code, out, err = scepsy(*words, "--tensor-parallel", "1,2")
+    assert (code, err) == (0, "")
+    assert "estimate: writer on H100 at tensor_parallel_size 1, 2" in out
+    assert [steps.tensor_parallel_size for steps in load_profile(target).steps] == [1, 2]
+    plan = tmp_path / "plan.yaml"
+    rest = ["--cluster", "4xH100", "--rate", "1", "--profiles", target, "-o", plan]
+    assert scepsy("optimize", traces, *rest)[0] == 0
+    assert load_plan(plan).part("writer").model == "Qwen/Qwen3-8B"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--device-type", "Z100", "--estimate"], "Z100"),
+        (["--device-type", "H100", "--estimate", "--tensor-parallel", "one"], "write numbers with commas"),
+        (["--device-type", "H100", "--estimate", "--tensor-parallel", "0"], "each must be above 0"),
+        (["--device-type", "CPU", "--endpoint", "http://127.0.0.1:9/v1"], "127.0.0.1:9"),
+        (["--device-type", "H100"], "GPU"),
+    ],
+)
+def test_profiles_that_cannot_be_made(scepsy, tmp_path, monkeypatch, words, told):
+    monkeypatch.setenv("SCEPSY_HOME", str(tmp_path / "home"))
+    code, _, err = scepsy("profile", "Qwen/Qwen3-8B", *words, "-o", tmp_path / "profile.yaml")
+    assert code == 2
+    assert told in err
+    assert err.startswith("scepsy profile: ")
+    assert not (tmp_path / "profile.yaml").exists()
