@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 from collections.abc import Callable
 from datetime import datetime
@@ -17,6 +18,7 @@ from scepsy_optimizer.errors import ScepsyError
 HELP = "trace three example workflows on emulated GPUs, plan, deploy the plan, compare"
 
 EXAMPLES = ("beam_search", "retrieval", "research")
+NEEDED = ("aiohttp", "langchain_openai", "llama_index", "openai", "prometheus_client", "psutil")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +39,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from scepsy.demo.schedule import make_schedule
     from scepsy.demo.story import Stage, tell
 
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ScepsyError(f"demo: {', '.join(missing)} missing: pip install 'scepsy[demo]'")
     if not (args.rate > 0 and args.seconds > 0):
         raise ScepsyError("demo: --rate and --seconds must be positive")
     folder = args.examples or _shipped_examples()
