@@ -44,8 +44,8 @@ def optimize(
     """
     check_profiles(workload, profiles, cluster)
     largest = cluster.largest_domain
-    budget = min(cluster.devices * UNITS_PER_DEVICE, max_units or cluster.devices * UNITS_PER_DEVICE)
-    units = budget
+    whole = cluster.devices * UNITS_PER_DEVICE
+    budget = units = whole if max_units is None else min(whole, max_units)
     bound_s: float | None = None
     while units > 0:
         allocation = find_allocation(

@@ -32,6 +32,7 @@ def optimize_rate(
     Raises ScepsyError where no rate, however low, has that latency, with the least that there is.
     """
     check_profiles(workload, profiles, cluster)
+    _check_latency(latency_s)
     units, largest = cluster.devices * UNITS_PER_DEVICE, cluster.largest_domain
 
     def least_s(rate_rps: float) -> float:
@@ -80,6 +81,7 @@ def optimize_devices(
 
     Raises ScepsyError where the whole cluster does not reach the rate, or not the latency at that rate.
     """
+    _check_latency(latency_s)
     whole = optimize(workload, profiles, cluster, rate_rps=rate_rps, max_utilisation=max_utilisation)
     if whole.prediction is not None and whole.prediction.latency_s > latency_s:
         raise ScepsyError(
@@ -102,6 +104,11 @@ def optimize_devices(
         provenance=provenance,
         replay_seed=replay_seed,
     )
+
+
+def _check_latency(latency_s: float) -> None:
+    if not latency_s > 0:
+        raise ScepsyError(f"a mean latency of {latency_s:g} s: the limit must be a positive number of seconds")
 
 
 def _least_latency_s(

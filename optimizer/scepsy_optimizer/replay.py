@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from scepsy_optimizer.engine import Engine, Stretch
 from scepsy_optimizer.errors import ScepsyError
-from scepsy_optimizer.executions import Call
 from scepsy_optimizer.plan import Plan
 from scepsy_optimizer.profile import LLMProfile
 from scepsy_optimizer.timeline import Timeline
@@ -168,7 +167,12 @@ class _Run:
         timeline = self._timelines[execution]
         request = timeline.calls[timeline.call_of[event]]
         replica = min(self._replicas[request.llm], key=lambda one: ((one.outstanding + 1) / one.weight, one.number))
-        _submit(replica.engine, (execution, event), request)
+        replica.engine.submit(
+            (execution, event),
+            prompt_tokens=max(1, request.input_tokens),
+            output_tokens=max(1, request.output_tokens),
+            cached_tokens=request.cached_tokens,
+        )
         replica.outstanding += 1
         if replica.stretch is None:
             self._begin(time_s, replica)
@@ -214,12 +218,3 @@ class _Run:
             )
             self.at(time_s, execution, event)
         self._begin(time_s, replica)
-
-
-def _submit(engine: Engine, key: tuple[int, int], call: Call) -> None:
-    engine.submit(
-        key,
-        prompt_tokens=max(1, call.input_tokens),
-        output_tokens=max(1, call.output_tokens),
-        cached_tokens=call.cached_tokens,
-    )

@@ -17,6 +17,7 @@ import numpy as np
 
 from scepsy_optimizer.allocation import (
     MAX_UTILISATION,
+    UNITS_PER_DEVICE,
     Choice,
     Floats,
     Option,
@@ -237,9 +238,15 @@ def highest_rate(
 
     low = 0.0
     if need(low) > units:
-        floor = ", ".join(f"{llm} {needs[llm](0.0) / 10:g}" for llm in needs)
+        floors = {llm: needs[llm](0.0) / UNITS_PER_DEVICE for llm in needs}
+        if homeless := [llm for llm, least in floors.items() if least == float("inf")]:
+            raise ScepsyError(
+                f"{', '.join(homeless)} does not fit at any profiled tensor parallelism up to "
+                f"{max_tensor_parallel_size}: use devices with more memory or a smaller model"
+            )
+        floor = ", ".join(f"{llm} {least:g}" for llm, least in floors.items())
         raise ScepsyError(
-            f"the LLMs do not fit into {units / 10:g} devices even without load; least devices: {floor}. "
+            f"the LLMs do not fit into {units / UNITS_PER_DEVICE:g} devices even without load; least devices: {floor}. "
             "Use a larger cluster or smaller models"
         )
     high = 1.0

@@ -106,10 +106,10 @@ def _plan(
         "provenance": provenance(found, None if isinstance(traces, Workload) else traces),
     }
     total = sum(rate.values()) if isinstance(rate, Mapping) else rate
-    if total is None and max_latency_s is None:
-        raise ScepsyError("nothing to plan for: give a rate, a latency limit, or both")
     if total is None:
-        return optimize_rate(workload, found, resolved, latency_s=max_latency_s or 0.0, **common), found
+        if max_latency_s is None:
+            raise ScepsyError("nothing to plan for: give a rate, a latency limit, or both")
+        return optimize_rate(workload, found, resolved, latency_s=max_latency_s, **common), found
     if max_latency_s is None:
         return optimize_workload(workload, found, resolved, rate_rps=total, **common), found
     return optimize_devices(workload, found, resolved, rate_rps=total, latency_s=max_latency_s, **common), found

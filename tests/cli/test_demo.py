@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import psutil
 
@@ -55,6 +57,25 @@ def test_the_whole_loop(scepsy, tmp_path, monkeypatch):
     command = next(line for line in out.splitlines() if line.startswith("Next: "))
     code, out, err = scepsy(*command.split()[2:], "-o", tmp_path / "next.yaml")
     assert code == 0, err
+
+
+def test_an_agent_under_load_ends_with_its_parent(tmp_path):
+    example = tmp_path / "waiting.py"
+    example.write_text("import asyncio\n\nasync def run(question):\n    await asyncio.sleep(600)\n")
+    words = [sys.executable, "-m", "scepsy.demo.load", str(example)]
+    environment = os.environ | {"SCEPSY_TRACES": str(tmp_path / "traces")}
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as child:
+        try:
+            assert child.stdin is not None
+            assert child.stdout is not None
+            child.stdin.write('{"questions": ["why?"], "at_s": [0]}\n')
+            child.stdin.flush()
+            assert child.stdout.readline() == "ready\n"
+            child.stdin.write("go\n")
+            child.stdin.close()
+            assert child.wait(timeout=20) == 1
+        finally:
+            child.kill()
 
 
 def test_schedules_are_the_same_for_the_same_seed():

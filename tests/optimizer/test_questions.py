@@ -39,6 +39,20 @@ def test_the_highest_rate_within_a_latency_is_a_limit(workload, profiles):
         optimize_rate(workload, profiles, CLUSTER, latency_s=light.latency_s / 2)
 
 
+@pytest.mark.parametrize("latency_s", [0.0, -1.0, float("nan")])
+def test_a_latency_limit_is_a_positive_number(workload, profiles, latency_s):
+    with pytest.raises(ScepsyError, match="must be a positive number of seconds"):
+        optimize_rate(workload, profiles, CLUSTER, latency_s=latency_s)
+    with pytest.raises(ScepsyError, match="must be a positive number of seconds"):
+        optimize_devices(workload, profiles, CLUSTER, rate_rps=1.0, latency_s=latency_s)
+
+
+def test_a_model_that_fits_nowhere_is_named(workload, profiles, make_profile):
+    huge = {**profiles, "b": make_profile("b", weights_gib=900.0)}
+    with pytest.raises(ScepsyError, match="^b does not fit at any profiled tensor parallelism up to 4: use devices"):
+        optimize(workload, huge, CLUSTER, rate_rps=1.0)
+
+
 def test_a_generous_latency_leaves_the_rate_to_saturation(workload, profiles):
     plan = optimize_rate(workload, profiles, CLUSTER, latency_s=1000)
     with pytest.raises(ScepsyError, match="is out of reach"):

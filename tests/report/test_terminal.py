@@ -8,9 +8,10 @@ from scepsy_optimizer.workload import aggregate
 
 
 def test_the_terminal_tells_the_same(reading):
-    summary = summarise(reading, aggregate(reading.executions), timelines=False)
+    workload = aggregate(reading.executions)
+    summary = summarise(reading, workload, timelines=False)
     out = io.StringIO()
-    print_report(summary, Console(file=out, width=120, color_system=None))
+    print_report(summary, workload, Console(file=out, width=120, color_system=None))
     shown = out.getvalue()
     assert "30 executions, 90 LLM calls, 180 spans" in shown
     for llm in summary["llms"]:

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if args.json:
         print(json.dumps(summarise(reading, workload, timelines=False)))
         return 0
-    print_report(summarise(reading, workload, timelines=False), console)
+    print_report(summarise(reading, workload, timelines=False), workload, console)
     if args.html:
         console.print(f"written to {args.html}", soft_wrap=True)
     return 0

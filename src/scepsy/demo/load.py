@@ -12,6 +12,7 @@ import contextvars
 import importlib.util
 import inspect
 import json
+import os
 import sys
 import threading
 import time
@@ -31,12 +32,21 @@ def main() -> int:
     print("ready", flush=True)
     if not sys.stdin.readline():
         return 1
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     arrivals = list(zip(order["at_s"], order["questions"], strict=True))
     if inspect.iscoroutinefunction(module.run):
         asyncio.run(_drive_async(module.run, arrivals))
     else:
         _drive_threads(module.run, arrivals)
     return 0
+
+
+def _end_with_parent() -> None:
+    """The parent holds the other end of standard input; however it ends, so does this process."""
+    # Not through sys.stdin: a thread that waits in its buffer keeps the interpreter from ending in order.
+    while os.read(0, 4096):
+        pass
+    os._exit(1)
 
 
 def _load(path: Path) -> ModuleType:

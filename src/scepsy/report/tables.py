@@ -6,6 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from scepsy.report.summary import executions_needed
 from scepsy_optimizer.plan import LLMPlan, Plan
 from scepsy_optimizer.workload import Workload
 
@@ -24,24 +25,27 @@ def plain_table(title: str, caption: str | None = None) -> Table:
     )
 
 
-def workload_table(workload: Workload) -> Table:
-    """One row per LLM: what a mean execution asks of it, its share and the share's interval.
+def workload_table(workload: Workload, title: str | None = None) -> Table:
+    """One row per LLM: what a mean execution asks of it, its share, and how well that is known.
 
     Columns: calls per execution, those on the critical path, calls at once, tokens per call in and out, seconds of
-    service per execution, share of all LLMs' seconds.
+    service per execution, share of all LLMs' seconds with its interval, variation of the share among executions, and
+    how many more of them would bring the interval to ±10 %.
     """
     counts = ", ".join(f"{count} {escape(workflow)}" for workflow, count in workload.workflows.items())
     table = plain_table(
-        f"{workload.executions} executions ({counts})",
+        title or f"{workload.executions} executions ({counts})",
         caption=(
             f"mean latency {workload.latency_s:.2f} s (cv {workload.latency_cv:.2f}), "
-            f"of which {workload.tool_s:.2f} s outside LLMs"
+            f"of which {workload.tool_s:.2f} s outside LLMs; path: calls on the critical path, par.: at once, "
+            "±10 %: executions that are missing to know the share so well"
         ),
     )
     table.add_column("LLM", no_wrap=True)
-    for column in ("calls", "on path", "parallel", "in", "out", "seconds", "share", "95 %"):
+    for column in ("calls", "path", "par.", "in", "out", "s", "share", "95 %", "cv", "±10 %"):
         table.add_column(column, justify="right", no_wrap=True)
     for demand in workload.demands:
+        more = executions_needed(demand, workload.executions)
         table.add_row(
             escape(demand.llm),
             f"{demand.visits:.1f}",
@@ -52,6 +56,8 @@ def workload_table(workload: Workload) -> Table:
             f"{demand.service_s:.2f}",
             f"{demand.share:.1%}",
             f"{demand.share_low:.1%}-{demand.share_high:.1%}",
+            f"{demand.share_cv:.2f}",
+            "?" if more is None else f"+{more:,}" if more else "enough",
         )
     return table
 

@@ -10,12 +10,14 @@ from rich.markup import escape
 from rich.text import Text
 
 from scepsy.report.summary import warnings
-from scepsy.report.tables import plain_table
+from scepsy.report.tables import plain_table, workload_table
+from scepsy_optimizer.workload import Workload
 
 
-def print_report(summary: Mapping[str, Any], console: Console) -> None:
-    """Print a summary (`summarise(...)`): LLMs, workflows, roles, wall time, what was left out, and warnings."""
-    for table in (_llms(summary), _workflows(summary), _roles(summary)):
+def print_report(summary: Mapping[str, Any], workload: Workload, console: Console) -> None:
+    """Print a summary (`summarise(...)`) and its workload: LLMs, workflows, roles, wall time, losses, warnings."""
+    title = f"{summary['executions']:,} executions, {summary['calls']:,} LLM calls, {summary['spans']:,} spans"
+    for table in (workload_table(workload, title), _workflows(summary), _roles(summary)):
         console.print(table)
         console.print()
     console.print(_wall_time(summary))
@@ -25,36 +27,6 @@ def print_report(summary: Mapping[str, Any], console: Console) -> None:
             console.print(Text(f"{words}: {count:,} {reason}"), soft_wrap=True)
     for sentence in warnings(summary):
         console.print(Text(f"Note: {sentence}", style="yellow"), soft_wrap=True)
-
-
-def _llms(summary: Mapping[str, Any]) -> Any:
-    table = plain_table(
-        f"{summary['executions']:,} executions, {summary['calls']:,} LLM calls, {summary['spans']:,} spans",
-        caption=(
-            f"mean latency {summary['latency_s']:.2f} s (cv {summary['latency_cv']:.2f}), "
-            f"of which {summary['tool_s']:.2f} s outside LLMs; path: calls on the critical path, par.: at once, "
-            "±10 %: executions that are missing to know the share so well"
-        ),
-    )
-    table.add_column("LLM", no_wrap=True)
-    for column in ("calls", "path", "par.", "in", "out", "s", "share", "95 %", "cv", "±10 %"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for llm in summary["llms"]:
-        more = llm["more_executions"]
-        table.add_row(
-            escape(llm["llm"]),
-            f"{llm['visits']:.1f}",
-            f"{llm['critical_visits']:.1f}",
-            f"{llm['parallelism']:.1f}",
-            f"{llm['input_tokens']:.0f}",
-            f"{llm['output_tokens']:.0f}",
-            f"{llm['service_s']:.2f}",
-            f"{llm['share']:.1%}",
-            f"{llm['share_low']:.1%}-{llm['share_high']:.1%}",
-            f"{llm['share_cv']:.2f}",
-            "?" if more is None else f"+{more:,}" if more else "enough",
-        )
-    return table
 
 
 def _workflows(summary: Mapping[str, Any]) -> Any:
