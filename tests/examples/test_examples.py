@@ -71,16 +71,26 @@ def test_many_at_once_stay_apart(example, models, tmp_path):
     """Concurrent executions in one process: each call is in the trace of its own, and answers steer the flow."""
     questions = [*QUESTIONS, QUESTIONS[0]]
     order = json.dumps({"questions": questions, "at_s": [0.0] * len(questions)})
-    shown = subprocess.run(
-        [sys.executable, "-m", "scepsy.demo.load", str(EXAMPLES / f"{example}.py")],
-        input=f"{order}\ngo\n",
-        capture_output=True,
-        text=True,
-        env=environment(models, tmp_path),
-        cwd=tmp_path,
-    )
-    assert shown.returncode == 0, shown.stderr
-    outcomes = [json.loads(line) for line in shown.stdout.splitlines() if line != "ready"]
+    log = tmp_path / "errors.log"
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(
+            [sys.executable, "-m", "scepsy.demo.load", str(EXAMPLES / f"{example}.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=environment(models, tmp_path),
+            cwd=tmp_path,
+        ) as child,
+    ):
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdin.write(f"{order}\ngo\n")
+        child.stdin.flush()
+        shown = child.stdout.read()
+        assert child.wait() == 0, log.read_text()
+    outcomes = [json.loads(line) for line in shown.splitlines() if line != "ready"]
     assert [each["error"] for each in outcomes] == [None] * len(questions)
     executions = check(example, models, tmp_path / "traces")
     assert len(executions) == 4

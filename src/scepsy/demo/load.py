@@ -2,7 +2,8 @@
 
 `python -m scepsy.demo.load EXAMPLE.py` reads a JSON object from standard input: `questions`, a list of strings, and
 `at_s`, the moment of each one's arrival in seconds after the first line is printed. It prints "ready" when the example
-is loaded, waits for a line "go", and prints one JSON object per finished execution: its index, seconds and error.
+is loaded, waits for a line "go", and prints one JSON object per finished execution: its index, seconds and error. It
+ends at once when standard input does.
 """
 
 from __future__ import annotations
