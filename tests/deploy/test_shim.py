@@ -116,6 +116,7 @@ def test_what_a_killed_shim_leaves_can_be_ended(start, process_table, wait):
     assert len(left) == 2
     for pid in left:
         os.kill(pid, signal.SIGKILL)
+    wait(lambda: process_table() == [])
 
 
 def test_shared_memory_is_cleaned_up_by_its_tracker(tmp_path, process_table, wait):
