@@ -8,7 +8,7 @@ workflow has (`latency_limits_s`). A finished plan is judged by `check_requireme
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import numpy as np
@@ -41,6 +41,9 @@ class LLMRequirements:
     def __post_init__(self) -> None:
         if self.fixed and self != LLMRequirements(fixed=self.fixed):
             raise ScepsyError("requirements: an LLM with fixed groups takes no further limits; remove one or the other")
+        # A file's 0.1 is the nearest binary fraction; a tenth is meant.
+        meant = tuple(replace(one, fraction=one.fraction.limit_denominator(1000)) for one in self.fixed)
+        object.__setattr__(self, "fixed", meant)
         for choice in self.fixed:
             size, fraction = choice.tensor_parallel_size, choice.fraction
             if size < 1 or choice.replicas < 1 or not 0 < fraction <= 1 or (size > 1 and fraction < 1):

@@ -1,4 +1,4 @@
-"""Profiles, clusters and plans as YAML (or JSON) files: versioned, readable, checked on load.
+"""Profiles, clusters, plans and requirements as YAML (or JSON) files: versioned, readable, checked on load.
 
 A file that does not fit is one ScepsyError that names the file, the place in it and what is wrong there.
 """
@@ -16,12 +16,14 @@ from scepsy_optimizer.cluster import Cluster
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.plan import Plan
 from scepsy_optimizer.profile import LLMProfile
+from scepsy_optimizer.requirements import Requirements
 
 T = TypeVar("T")
 
 PROFILE_FORMAT: Final = "scepsy-profile/1"
 CLUSTER_FORMAT: Final = "scepsy-cluster/1"
 PLAN_FORMAT: Final = "scepsy-plan/1"
+REQUIREMENTS_FORMAT: Final = "scepsy-requirements/1"
 
 
 def load_profile(path: str | Path) -> LLMProfile:
@@ -52,6 +54,11 @@ def load_plan(path: str | Path) -> Plan:
 def save_plan(plan: Plan, path: str | Path) -> None:
     """Write a plan file."""
     _save(Path(path), PLAN_FORMAT, TypeAdapter(Plan), plan)
+
+
+def load_requirements(path: str | Path) -> Requirements:
+    """Read a file of requirements on a plan. Raises ScepsyError."""
+    return _load(Path(path), REQUIREMENTS_FORMAT, TypeAdapter(Requirements))
 
 
 class _CompactDumper(yaml.SafeDumper):
