@@ -39,7 +39,8 @@ class LLMRequirements:
     only_device_types: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.fixed and self != LLMRequirements(fixed=self.fixed):
+        limits = (self.min_replicas, self.max_devices, self.max_nodes, self.only_device_types)
+        if self.fixed and limits != (1, None, None, ()):
             raise ScepsyError("requirements: an LLM with fixed groups takes no further limits; remove one or the other")
         # A file's 0.1 is the nearest binary fraction; a tenth is meant.
         meant = tuple(replace(one, fraction=one.fraction.limit_denominator(1000)) for one in self.fixed)
