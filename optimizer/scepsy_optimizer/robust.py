@@ -1,0 +1,83 @@
+"""Planning for more than the mean: each LLM's load at an upper quantile of what the traces leave open.
+
+A few dozen executions tell an LLM's demand to within some ten per cent. The bootstrap says how far: executions are
+drawn anew with replacement, and each LLM's service time per execution is taken at a quantile of what the draws give.
+A plan for those loads carries any one of them; what it loses at the mean is its price.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from scepsy_optimizer.errors import ScepsyError
+from scepsy_optimizer.workload import Workload
+
+_RESAMPLES = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Robustness:
+    """What planning for a quantile costs and what it buys.
+
+    `factors` say how many times its mean load each LLM is planned for. `latency_s` and `plain_latency_s` are the mean
+    latencies at the traced means, of the robust plan and of the one without this caution: their ratio is the price.
+    `latency_at_quantile_s` and `plain_at_quantile_s` are the same at the quantile's loads; infinite where a plan does
+    not carry them.
+    """
+
+    quantile: float
+    factors: Mapping[str, float]
+    latency_s: float
+    plain_latency_s: float
+    latency_at_quantile_s: float
+    plain_at_quantile_s: float
+
+    @property
+    def price(self) -> float:
+        """The part by which the robust plan is slower at the traced means."""
+        return self.latency_s / self.plain_latency_s - 1
+
+
+def load_factors(workload: Workload, *, quantile: float, rng: np.random.Generator) -> dict[str, float]:
+    """How many times its mean load each LLM has at a quantile of the bootstrap over executions, and at least 1.
+
+    Load is service time per execution, as traced and without known queueing. Executions are drawn by their own number
+    and keep their weights. Raises ScepsyError for a quantile outside [0.5, 1).
+    """
+    if not 0.5 <= quantile < 1:
+        raise ScepsyError(f"robust {quantile:g}: the quantile must be at least 0.5 and below 1, such as 0.9")
+    llms = [demand.llm for demand in workload.demands]
+    column = {llm: index for index, llm in enumerate(llms)}
+    rows = len(workload.timelines)
+    load_s = np.zeros((rows, len(llms)))
+    for row, (timeline, weight) in enumerate(zip(workload.timelines, workload.weights, strict=True)):
+        for call, traced_s in zip(timeline.calls, timeline.traced_s, strict=True):
+            load_s[row, column[call.llm]] += weight * max(0.0, traced_s - (call.queue_s or 0.0))
+    weights = np.array(workload.weights)
+    draws = rng.multinomial(rows, np.full(rows, 1 / rows), size=_RESAMPLES)
+    means = (draws @ load_s) / (draws @ weights)[:, None]
+    mean = load_s.sum(axis=0)
+    upper = np.quantile(means, quantile, axis=0)
+    factors = np.maximum(1.0, np.divide(upper, mean, out=np.ones_like(mean), where=mean > 0))
+    return dict(zip(llms, factors.tolist(), strict=True))
+
+
+def loaded_workload(workload: Workload, factors: Mapping[str, float]) -> Workload:
+    """The workload with each LLM called that many times as often; the executions themselves stay as traced.
+
+    So the load of every LLM rises, while the calls on an execution's critical path stay what they were.
+    """
+    return replace(
+        workload,
+        demands=tuple(
+            replace(
+                demand,
+                visits=demand.visits * factors[demand.llm],
+                visits_by_role={role: visits * factors[demand.llm] for role, visits in demand.visits_by_role.items()},
+            )
+            for demand in workload.demands
+        ),
+    )
