@@ -16,6 +16,7 @@ from scipy.sparse import coo_array
 
 from benchmarks.outcome import Bound, finish
 from scepsy_optimizer.allocation import UNITS_PER_DEVICE, OptionTable
+from scepsy_optimizer.cluster import Cluster, parse_cluster
 from scepsy_optimizer.executions import Call, Execution, Span
 from scepsy_optimizer.knapsack import solve
 from scepsy_optimizer.pipeline import build_pipeline
@@ -37,13 +38,14 @@ def main() -> int:
     rows = []
     for llms, devices in CASES:
         workload, profiles = make_case(llms, seed=llms)
+        cluster = parse_cluster(f"{max(1, devices // 8)}x8xH100")
         units = devices * UNITS_PER_DEVICE
-        rate_rps = 0.6 * highest_rate(workload, profiles, units=units, max_tensor_parallel_size=8)[0]
+        rate_rps = 0.6 * highest_rate(workload, profiles, cluster)[0]
         solve_s, tables, costs, ours = min(
-            (one_solve(workload, profiles, rate_rps, units) for _ in range(REPEATS)), key=lambda result: result[0]
+            (one_solve(workload, profiles, rate_rps, cluster) for _ in range(REPEATS)), key=lambda result: result[0]
         )
         highs_s, theirs = with_highs(tables, costs, units)
-        search_s, gap = min(whole_search(workload, profiles, rate_rps, units) for _ in range(REPEATS))
+        search_s, gap = min(whole_search(workload, profiles, rate_rps, cluster) for _ in range(REPEATS))
         row = {
             "llms": llms,
             "devices": devices,
@@ -71,19 +73,19 @@ def main() -> int:
 
 
 def one_solve(
-    workload: Workload, profiles: dict[str, LLMProfile], rate_rps: float, units: int
+    workload: Workload, profiles: dict[str, LLMProfile], rate_rps: float, cluster: Cluster
 ) -> tuple[float, list[OptionTable], list[np.ndarray], float]:
     """Time of listing options and solving one knapsack; the tables, their costs and the optimum found."""
     pipeline = build_pipeline(workload)
     started_s = time.perf_counter()
-    listed = list_tables(workload, profiles, rate_rps=rate_rps, units=units, max_tensor_parallel_size=8)
+    listed = list_tables(workload, profiles, cluster, rate_rps=rate_rps)
     assert listed is not None
     tables = [listed[stage.llm] for stage in pipeline.stages]
     costs = [
         table.speeds @ np.array([stage.calls, stage.input_tokens, stage.output_tokens])
         for stage, table in zip(pipeline.stages, tables, strict=True)
     ]
-    packing = solve([table.units for table in tables], costs, units)
+    packing = solve([table.units for table in tables], costs, cluster.devices * UNITS_PER_DEVICE)
     elapsed_s = time.perf_counter() - started_s
     assert packing is not None
     return elapsed_s, tables, costs, packing.cost
@@ -113,11 +115,11 @@ def with_highs(tables: list[OptionTable], costs: list[np.ndarray], units: int) -
 
 
 def whole_search(
-    workload: Workload, profiles: dict[str, LLMProfile], rate_rps: float, units: int
+    workload: Workload, profiles: dict[str, LLMProfile], rate_rps: float, cluster: Cluster
 ) -> tuple[float, float]:
     """Time and gap of the search with rebuilt pipelines."""
     started_s = time.perf_counter()
-    found = find_allocation(workload, profiles, rate_rps=rate_rps, units=units, max_tensor_parallel_size=8)
+    found = find_allocation(workload, profiles, cluster, rate_rps=rate_rps)
     elapsed_s = time.perf_counter() - started_s
     assert found is not None
     return elapsed_s, 1 - found.lower_bound_s / found.latency_s

@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks.outcome import Bound, finish
 from benchmarks.workflows import WORKFLOWS
 from scepsy.profiling import shipped_profiles
-from scepsy_optimizer.allocation import Choice, evaluate_choice
+from scepsy_optimizer.allocation import Choice, Groups, evaluate_groups
 from scepsy_optimizer.cluster import parse_cluster
 from scepsy_optimizer.executions import Execution
 from scepsy_optimizer.pipeline import build_pipeline, call_durations_s, paper_latency_s
@@ -80,7 +80,7 @@ def one_workflow(
     return rows
 
 
-def draw_allocation(rng: random.Random, workload: Workload, profiles: dict[str, LLMProfile]) -> dict[str, Choice]:
+def draw_allocation(rng: random.Random, workload: Workload, profiles: dict[str, LLMProfile]) -> dict[str, Groups]:
     """Random kinds and numbers of replicas that hold each LLM."""
     choices = {}
     for demand in workload.demands:
@@ -92,19 +92,23 @@ def draw_allocation(rng: random.Random, workload: Workload, profiles: dict[str, 
             and profile.kv_tokens(size, float(fraction)) > 4 * demand.longest_tokens
         ]
         size, fraction = rng.choice(fitting)
-        choices[demand.llm] = Choice(tensor_parallel_size=size, fraction=fraction, replicas=rng.randint(1, 3))
+        choices[demand.llm] = (Choice(tensor_parallel_size=size, fraction=fraction, replicas=rng.randint(1, 3)),)
     return choices
 
 
 def one_point(
-    workload: Workload, profiles: dict[str, LLMProfile], choices: dict[str, Choice], load: float, *, seed: int
+    workload: Workload, profiles: dict[str, LLMProfile], choices: dict[str, Groups], load: float, *, seed: int
 ) -> tuple[float, float, float, float, float]:
     """Replayed mean, predicted mean and 95th percentile, the paper's mean, and the replayed 95th percentile."""
 
     def options(rate_rps: float) -> dict[str, object]:
         return {
-            demand.llm: evaluate_choice(
-                demand, profiles[demand.llm], choices[demand.llm], calls_rps=rate_rps * demand.visits, max_utilisation=1
+            demand.llm: evaluate_groups(
+                demand,
+                [profiles[demand.llm]],
+                choices[demand.llm],
+                calls_rps=rate_rps * demand.visits,
+                max_utilisation=1,
             )
             for demand in workload.demands
         }

@@ -39,7 +39,7 @@ def profile():
 
 @pytest.fixture
 def plan(profile):
-    choices = {"generator": Choice(tensor_parallel_size=1, fraction=Fraction(1, 2), replicas=3)}
+    choices = {"generator": (Choice(tensor_parallel_size=1, fraction=Fraction(1, 2), replicas=3),)}
     return hand_made_plan(choices, {"generator": profile}, parse_cluster("2x2xH100"))
 
 

@@ -1,16 +1,21 @@
-"""Allocations: which tensor parallelism, device fraction and number of replicas an LLM can get, and what each gives."""
+"""Allocations: which tensor parallelism, device fraction and number of replicas an LLM can get, and what each gives.
+
+An LLM gets one or more groups of equal replicas. Its calls spread over them in proportion to what a replica of each
+carries, which is what the endpoint's balancing comes to.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
 
+from scepsy_optimizer.cluster import Cluster
 from scepsy_optimizer.errors import ScepsyError
-from scepsy_optimizer.profile import LLMProfile
+from scepsy_optimizer.profile import LLMProfile, find_profile
 from scepsy_optimizer.replica import CallShape, CallSpeed, loaded_speeds, saturation_rps
 from scepsy_optimizer.workload import LLMDemand
 
@@ -28,12 +33,30 @@ MAX_UTILISATION = 0.85
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaKind:
+    """What one replica takes: `tensor_parallel_size` devices of a type, or a fraction of one."""
+
+    tensor_parallel_size: int
+    fraction: Fraction
+    device_type: str = ""
+
+    @property
+    def units(self) -> int:
+        """Tenths of a device that one replica takes."""
+        return int(self.tensor_parallel_size * self.fraction * UNITS_PER_DEVICE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """What one LLM gets: `replicas` replicas of `tensor_parallel_size` devices, or of a fraction of one device."""
+    """A group of equal replicas: `replicas` times `tensor_parallel_size` devices, or a fraction of one device.
+
+    `device_type` may be left empty where the cluster has only one type. What one LLM gets is one or more such groups.
+    """
 
     tensor_parallel_size: int
     fraction: Fraction
     replicas: int
+    device_type: str = ""
 
     @property
     def units(self) -> int:
@@ -41,46 +64,87 @@ class Choice:
         return int(self.replicas * self.tensor_parallel_size * self.fraction * UNITS_PER_DEVICE)
 
 
+Groups = tuple[Choice, ...]
+"""What one LLM gets; an allocation maps each LLM to its groups."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """A choice with what it gives at the planned rate: `speed` of a call, `utilisation`, and `max_rps` of calls.
+    """Groups for one LLM with what they give at the planned rate: `speed` of a call, `utilisation`, and `max_rps`.
 
     `max_rps` is the rate of calls at which the utilisation reaches the highest that is planned for.
     """
 
-    choice: Choice
+    groups: Groups
     speed: CallSpeed
     utilisation: float
     max_rps: float
 
+    @property
+    def units(self) -> int:
+        """Tenths of a device that all groups take."""
+        return sum(group.units for group in self.groups)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class OptionTable:
-    """The options of one LLM as columns, one row each, in the order of rising units.
+    """The options of one LLM as columns, one row each.
 
-    `speeds` has the columns of `CallSpeed`: fixed_s, input_s, output_s. Columns rather than objects, because an LLM has
-    thousands of options on a large cluster.
+    `counts` has a row per option and a column per kind: how many replicas of that kind. `speeds` has the columns of
+    `CallSpeed`: fixed_s, input_s, output_s. Columns rather than objects, because an LLM has thousands of options on a
+    large cluster.
     """
 
-    tensor_parallel_size: Ints
-    tenths: Ints
-    replicas: Ints
-    units: Ints
+    kinds: tuple[ReplicaKind, ...]
+    counts: Ints
     speeds: Floats
     utilisation: Floats
     max_rps: Floats
 
     def __len__(self) -> int:
-        return len(self.units)
+        return len(self.counts)
+
+    @property
+    def units(self) -> Ints:
+        """Tenths of a device that each option takes, of all types together."""
+        units: Ints = self.counts @ np.array([kind.units for kind in self.kinds], dtype=int)
+        return units
+
+    def units_of(self, device_type: str) -> Ints:
+        """Tenths of a device of that type that each option takes."""
+        each = [kind.units if kind.device_type == device_type else 0 for kind in self.kinds]
+        units: Ints = self.counts @ np.array(each, dtype=int)
+        return units
+
+    @property
+    def replicas(self) -> Ints:
+        """Replicas of each option, of all kinds together."""
+        replicas: Ints = self.counts.sum(axis=1)
+        return replicas
+
+    def select(self, rows: Ints | NDArray[np.bool_]) -> OptionTable:
+        """Those rows only, given by their numbers or by a mask."""
+        return OptionTable(
+            kinds=self.kinds,
+            counts=self.counts[rows],
+            speeds=self.speeds[rows],
+            utilisation=self.utilisation[rows],
+            max_rps=self.max_rps[rows],
+        )
 
     def option(self, row: int) -> Option:
         """One row as a value."""
         fixed_s, input_s, output_s = (float(value) for value in self.speeds[row])
         return Option(
-            choice=Choice(
-                tensor_parallel_size=int(self.tensor_parallel_size[row]),
-                fraction=Fraction(int(self.tenths[row]), UNITS_PER_DEVICE),
-                replicas=int(self.replicas[row]),
+            groups=tuple(
+                Choice(
+                    tensor_parallel_size=kind.tensor_parallel_size,
+                    fraction=kind.fraction,
+                    replicas=int(count),
+                    device_type=kind.device_type,
+                )
+                for kind, count in zip(self.kinds, self.counts[row], strict=True)
+                if count
             ),
             speed=CallSpeed(fixed_s=fixed_s, input_s=input_s, output_s=output_s),
             utilisation=float(self.utilisation[row]),
@@ -90,10 +154,10 @@ class OptionTable:
 
 def replica_kinds(
     profile: LLMProfile, *, max_tensor_parallel_size: int, fractions: Sequence[Fraction] = FRACTIONS
-) -> list[tuple[int, Fraction]]:
-    """Tensor parallelism and fraction of the replicas that can hold the LLM; fractions only at tensor parallelism 1."""
+) -> list[ReplicaKind]:
+    """The kinds of replicas that can hold the LLM; fractions only at tensor parallelism 1."""
     return [
-        (steps.tensor_parallel_size, fraction)
+        ReplicaKind(tensor_parallel_size=steps.tensor_parallel_size, fraction=fraction, device_type=profile.device_type)
         for steps in profile.steps
         if steps.tensor_parallel_size <= max_tensor_parallel_size
         for fraction in (fractions if steps.tensor_parallel_size == 1 else (Fraction(1),))
@@ -103,91 +167,175 @@ def replica_kinds(
 
 def list_options(
     demand: LLMDemand,
-    profile: LLMProfile,
+    profiles: Sequence[LLMProfile],
+    cluster: Cluster,
     *,
     calls_rps: float,
     max_units: int,
-    max_tensor_parallel_size: int,
     max_utilisation: float = MAX_UTILISATION,
 ) -> OptionTable:
-    """Every option of one LLM that carries `calls_rps` within `max_utilisation` and `max_units` tenths of a device."""
+    """Every option of one LLM that carries `calls_rps` within `max_utilisation` and `max_units` tenths of a device.
+
+    `profiles` has one profile for each device type that the LLM may use. The device type of the groups stays empty
+    where the cluster has only one.
+    """
     shape = CallShape.of(demand)
-    tables = [_NO_OPTIONS]
-    for size, fraction in replica_kinds(profile, max_tensor_parallel_size=max_tensor_parallel_size):
-        saturation = saturation_rps(profile, size, float(fraction), shape)
-        if saturation == 0:
-            continue
-        units = int(size * fraction * UNITS_PER_DEVICE)
-        fewest = max(1, int(np.ceil(calls_rps / (saturation * max_utilisation) - 1e-9)))
-        counts = np.arange(fewest, max_units // units + 1)
-        if len(counts):
-            tables.append(_options(profile, size, fraction, shape, calls_rps, counts, saturation * max_utilisation))
-    order = np.argsort(np.concatenate([table.units for table in tables]), kind="stable")
-    columns = {name: np.concatenate([getattr(table, name) for table in tables])[order] for name in _COLUMNS}
-    return OptionTable(**columns)
+    kinds: list[ReplicaKind] = []
+    counts: list[Ints] = []
+    capacities: list[float] = []
+    several = len(cluster.device_types) > 1
+    for profile in profiles:
+        units = cluster.devices_of(profile.device_type) * UNITS_PER_DEVICE
+        largest = cluster.largest_domain_of(profile.device_type)
+        for kind in replica_kinds(profile, max_tensor_parallel_size=largest):
+            saturation = saturation_rps(profile, kind.tensor_parallel_size, float(kind.fraction), shape)
+            if saturation > 0:
+                kinds.append(kind if several else replace(kind, device_type=""))
+                capacities.append(saturation)
+                fewest = max(1, int(np.ceil(calls_rps / (saturation * max_utilisation) - 1e-9)))
+                counts.append(np.arange(fewest, min(max_units, units) // kind.units + 1))
+    matrix = np.zeros((sum(len(column) for column in counts), len(kinds)), dtype=int)
+    row = 0
+    for column, found in enumerate(counts):
+        matrix[row : row + len(found), column] = found
+        row += len(found)
+    return _evaluate(profiles, kinds, np.array(capacities), shape, calls_rps, matrix, max_utilisation)
 
 
-def evaluate_choice(
+def evaluate_groups(
     demand: LLMDemand,
-    profile: LLMProfile,
-    choice: Choice,
+    profiles: Sequence[LLMProfile],
+    groups: Sequence[Choice],
     *,
     calls_rps: float,
     max_utilisation: float = MAX_UTILISATION,
 ) -> Option:
-    """What a given choice gives, feasible or not: beyond saturation the speed is infinite.
+    """What given groups of one LLM give together, feasible or not: beyond saturation the speed is infinite.
 
-    Raises ScepsyError where the LLM does not fit into the choice's memory at all.
+    Raises ScepsyError where the LLM does not fit into a group's memory at all.
     """
     shape = CallShape.of(demand)
-    fraction = float(choice.fraction)
-    saturation = saturation_rps(profile, choice.tensor_parallel_size, fraction, shape)
-    if saturation == 0:
-        raise ScepsyError(
-            f"{demand.llm!r} ({profile.model}) does not fit into {fraction:g} of {choice.tensor_parallel_size} "
-            f"{profile.device_type} of {profile.device_memory_gib:g} GiB: give it more memory or tensor parallelism"
+    kinds, capacities = _kinds_of(demand, profiles, groups, shape)
+    counts = np.array([[group.replicas for group in groups]])
+    return _evaluate(profiles, kinds, capacities, shape, calls_rps, counts, max_utilisation).option(0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupLoad:
+    """One group's part of an LLM's calls: their rate, how fast they are there, and what a replica carries at most.
+
+    `replica_rps` is the rate of calls at which a replica reaches the highest utilisation that is planned for; it is
+    what the endpoint weighs replicas by.
+    """
+
+    calls_rps: float
+    speed: CallSpeed
+    utilisation: float
+    replica_rps: float
+
+
+def group_loads(
+    demand: LLMDemand,
+    profiles: Sequence[LLMProfile],
+    groups: Sequence[Choice],
+    *,
+    calls_rps: float,
+    max_utilisation: float = MAX_UTILISATION,
+) -> tuple[GroupLoad, ...]:
+    """How an LLM's calls spread over its groups, one entry per group.
+
+    Raises ScepsyError where the LLM does not fit into a group's memory at all.
+    """
+    shape = CallShape.of(demand)
+    kinds, capacities = _kinds_of(demand, profiles, groups, shape)
+    total = float(np.array([group.replicas for group in groups]) @ capacities)
+    found = []
+    for group, kind, capacity in zip(groups, kinds, capacities.tolist(), strict=True):
+        speeds, utilisation = _kind_speeds(profiles, kind, capacity, shape, calls_rps, np.array([total]))
+        fixed_s, input_s, output_s = speeds[0].tolist()
+        found.append(
+            GroupLoad(
+                calls_rps=calls_rps * group.replicas * capacity / total,
+                speed=CallSpeed(fixed_s=fixed_s, input_s=input_s, output_s=output_s),
+                utilisation=float(utilisation[0]),
+                replica_rps=capacity * max_utilisation,
+            )
         )
-    counts = np.array([choice.replicas])
-    size, share = choice.tensor_parallel_size, choice.fraction
-    return _options(profile, size, share, shape, calls_rps, counts, saturation * max_utilisation).option(0)
+    return tuple(found)
 
 
-def _options(
-    profile: LLMProfile,
-    tensor_parallel_size: int,
-    fraction: Fraction,
+def _kinds_of(
+    demand: LLMDemand, profiles: Sequence[LLMProfile], groups: Sequence[Choice], shape: CallShape
+) -> tuple[list[ReplicaKind], Floats]:
+    """The kind of each group's replicas, and the calls per second that saturate one of them."""
+    kinds, capacities = [], []
+    for group in groups:
+        profile = find_profile(profiles, group.device_type)
+        fraction = float(group.fraction)
+        capacity = saturation_rps(profile, group.tensor_parallel_size, fraction, shape)
+        if capacity == 0:
+            raise ScepsyError(
+                f"{demand.llm!r} ({profile.model}) does not fit into {fraction:g} of {group.tensor_parallel_size} "
+                f"{profile.device_type} of {profile.device_memory_gib:g} GiB: give it more memory or tensor parallelism"
+            )
+        kinds.append(
+            ReplicaKind(
+                tensor_parallel_size=group.tensor_parallel_size, fraction=group.fraction, device_type=group.device_type
+            )
+        )
+        capacities.append(capacity)
+    return kinds, np.array(capacities)
+
+
+def _evaluate(
+    profiles: Sequence[LLMProfile],
+    kinds: Sequence[ReplicaKind],
+    capacities: Floats,
     shape: CallShape,
     calls_rps: float,
     counts: Ints,
-    replica_rps: float,
+    max_utilisation: float,
 ) -> OptionTable:
-    """One option per number of replicas; siblings of one execution spread evenly over the replicas."""
-    overlaps = 1 + (shape.overlap - 1) / counts
-    loaded = loaded_speeds(profile, tensor_parallel_size, float(fraction), shape, calls_rps / counts, overlaps)
-    tenths = int(fraction * UNITS_PER_DEVICE)
+    """What each row of replica counts gives: the groups' speeds weighted by their parts of the calls."""
+    totals: Floats = counts @ capacities
+    speeds = np.zeros((len(counts), 3))
+    for column, kind in enumerate(kinds):
+        rows = np.flatnonzero(counts[:, column])
+        if len(rows):
+            capacity = float(capacities[column])
+            found, _ = _kind_speeds(profiles, kind, capacity, shape, calls_rps, totals[rows])
+            speeds[rows] += found * (counts[rows, column] * capacity / totals[rows])[:, None]
     return OptionTable(
-        tensor_parallel_size=np.full(len(counts), tensor_parallel_size),
-        tenths=np.full(len(counts), tenths),
-        replicas=counts,
-        units=counts * tensor_parallel_size * tenths,
-        speeds=np.column_stack([loaded.fixed_s, loaded.input_s, loaded.output_s]),
-        utilisation=loaded.utilisation,
-        max_rps=counts.astype(float) * replica_rps,
+        kinds=tuple(kinds),
+        counts=counts,
+        speeds=speeds,
+        utilisation=calls_rps / totals,
+        max_rps=totals * max_utilisation,
     )
 
 
-_COLUMNS = ("tensor_parallel_size", "tenths", "replicas", "units", "speeds", "utilisation", "max_rps")
-_NO_OPTIONS = OptionTable(
-    **{name: np.zeros(0, dtype=int) for name in _COLUMNS[:4]},
-    speeds=np.zeros((0, 3)),
-    utilisation=np.zeros(0),
-    max_rps=np.zeros(0),
-)
+def _kind_speeds(
+    profiles: Sequence[LLMProfile],
+    kind: ReplicaKind,
+    capacity: float,
+    shape: CallShape,
+    calls_rps: float,
+    totals: Floats,
+) -> tuple[Floats, Floats]:
+    """Speeds (columns of `CallSpeed`) and utilisation of one kind's replicas, where all replicas carry `totals`.
+
+    `totals` are calls per second. A replica gets its part of the calls, and of the siblings of one execution.
+    """
+    part = capacity / totals
+    profile = find_profile(profiles, kind.device_type)
+    overlaps = 1 + (shape.overlap - 1) * part
+    loaded = loaded_speeds(profile, kind.tensor_parallel_size, float(kind.fraction), shape, calls_rps * part, overlaps)
+    return np.column_stack([loaded.fixed_s, loaded.input_s, loaded.output_s]), loaded.utilisation
 
 
 def even_split(
     llms: Sequence[str], profiles: Mapping[str, LLMProfile], *, devices: int, max_tensor_parallel_size: int
-) -> dict[str, Choice]:
+) -> dict[str, Groups]:
     """The allocation that people make by hand: as many whole devices for each LLM, the first ones get what is left.
 
     Each LLM runs at the smallest tensor parallelism that holds it, with as many replicas as its devices allow. Raises
@@ -195,13 +343,13 @@ def even_split(
     """
     if devices < len(llms):
         raise ScepsyError(f"an even split needs a device for each of {len(llms)} LLMs, the cluster has {devices}")
-    choices = {}
+    choices: dict[str, Groups] = {}
     for index, llm in enumerate(llms):
         part = devices // len(llms) + (index < devices % len(llms))
         kinds = replica_kinds(profiles[llm], max_tensor_parallel_size=max_tensor_parallel_size, fractions=FRACTIONS[:1])
-        sizes = [size for size, _ in kinds if size <= part]
+        sizes = [kind.tensor_parallel_size for kind in kinds if kind.tensor_parallel_size <= part]
         if not sizes:
             raise ScepsyError(f"{llm!r} does not fit into its even part of {part} devices")
         size = min(sizes)
-        choices[llm] = Choice(tensor_parallel_size=size, fraction=Fraction(1), replicas=part // size)
+        choices[llm] = (Choice(tensor_parallel_size=size, fraction=Fraction(1), replicas=part // size),)
     return choices

@@ -1,9 +1,11 @@
-"""The machines a plan is made for: nodes, their devices and which of them share a fast link."""
+"""The machines a plan is made for: nodes, their devices, which of them share a fast link, and what lies between."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+
+import networkx as nx
 
 from scepsy_optimizer.errors import ScepsyError
 
@@ -34,13 +36,17 @@ _WITHOUT_NVLINK = frozenset(
 
 _SHAPE = re.compile(r"^(?:(?P<nodes>\d+)x)?(?P<devices>\d+)x(?P<type>[A-Za-z0-9_]+)$")
 
+_SAME_MEMORY = 0.05
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
     """One machine. Devices are numbered from 0; `nvlink_domains` partitions those numbers.
 
-    A tensor-parallel group stays inside one domain. `device_type` "CPU" means cores that run vLLM for CPU.
-    `uuids`, where known, name the devices in the same order; an engine is started on them rather than on numbers.
+    A tensor-parallel group stays inside one domain. `device_type` "CPU" means cores that run vLLM for CPU. A machine
+    with devices of several types is several nodes. `pcie_domains`, where known, partitions the devices by the processor
+    socket that they hang on, and `switch` names the rack or leaf switch of the node. `uuids`, where known, name the
+    devices in the same order; an engine is started on them rather than on numbers.
     """
 
     name: str
@@ -49,13 +55,16 @@ class Node:
     memory_gib: float
     nvlink_domains: tuple[tuple[int, ...], ...]
     uuids: tuple[str, ...] = ()
+    pcie_domains: tuple[tuple[int, ...], ...] = ()
+    switch: str = ""
 
     def __post_init__(self) -> None:
-        members = sorted(device for domain in self.nvlink_domains for device in domain)
-        if members != list(range(self.devices)):
-            raise ScepsyError(
-                f"node {self.name!r}: nvlink_domains must name each of its {self.devices} devices once, got {members}"
-            )
+        for name, domains in (("nvlink_domains", self.nvlink_domains), ("pcie_domains", self.pcie_domains)):
+            members = sorted(device for domain in domains for device in domain)
+            if members != list(range(self.devices)) and (domains or name == "nvlink_domains"):
+                raise ScepsyError(
+                    f"node {self.name!r}: {name} must name each of its {self.devices} devices once, got {members}"
+                )
         if self.uuids and len(self.uuids) != self.devices:
             raise ScepsyError(f"node {self.name!r}: {len(self.uuids)} uuids for {self.devices} devices")
 
@@ -70,6 +79,14 @@ class Cluster:
         names = [node.name for node in self.nodes]
         if len(set(names)) != len(names):
             raise ScepsyError(f"cluster: node names must differ, got {names}")
+        memory_gib: dict[str, float] = {}
+        for node in self.nodes:
+            usual = memory_gib.setdefault(node.device_type, node.memory_gib)
+            if abs(node.memory_gib - usual) > _SAME_MEMORY * usual:
+                raise ScepsyError(
+                    f"cluster: {node.device_type} has {usual:g} GiB on one node and {node.memory_gib:g} GiB on "
+                    f"{node.name!r}; call them by two device types, such as A100 and A100_40GB"
+                )
 
     @property
     def devices(self) -> int:
@@ -82,43 +99,108 @@ class Cluster:
         return max(len(domain) for node in self.nodes for domain in node.nvlink_domains)
 
     @property
-    def device_type(self) -> str:
-        """The type that all devices share.
+    def device_types(self) -> tuple[str, ...]:
+        """The types that there are, each once, in the order of the nodes."""
+        return tuple(dict.fromkeys(node.device_type for node in self.nodes))
 
-        Raises ScepsyError when the nodes have several types: this version plans for one.
-        """
-        types = sorted({node.device_type for node in self.nodes})
-        if len(types) != 1:
-            raise ScepsyError(f"cluster: one device type is supported, got {', '.join(types) or 'no nodes'}")
-        return types[0]
+    @property
+    def device_type(self) -> str:
+        """The types in one word: "H100", or "H100+L40S" where there are several."""
+        return "+".join(self.device_types)
+
+    def devices_of(self, device_type: str) -> int:
+        """Number of devices of that type."""
+        return sum(node.devices for node in self.nodes if node.device_type == device_type)
+
+    def largest_domain_of(self, device_type: str) -> int:
+        """Devices of the largest fast-link domain of that type."""
+        sizes = [
+            len(domain) for node in self.nodes if node.device_type == device_type for domain in node.nvlink_domains
+        ]
+        return max(sizes, default=0)
 
 
 def parse_cluster(text: str) -> Cluster:
     """Read the short form: "8xH100" is one node of eight, "2x8xH100" two such nodes, "2xCPU" two cores.
 
-    Every node is taken as one NVLink domain, except for device types without NVLink. Raises ScepsyError.
+    Several shapes are joined by "+": "2x8xH100+8xL40S". Every node is taken as one NVLink domain, except for device
+    types without NVLink. Raises ScepsyError.
     """
-    match = _SHAPE.match(text.strip())
-    known = ", ".join(sorted(DEVICE_MEMORY_GIB))
+    nodes: list[Node] = []
+    for shape in text.split("+"):
+        nodes += _parse_shape(shape.strip(), text, len(nodes))
+    return Cluster(nodes=tuple(nodes))
+
+
+def _parse_shape(shape: str, text: str, first: int) -> list[Node]:
+    match = _SHAPE.match(shape)
     if match is None:
-        raise ScepsyError(f"cluster {text!r}: write DEVICESxTYPE or NODESxDEVICESxTYPE, such as 8xH100 or 2x8xH100")
+        raise ScepsyError(
+            f"cluster {text!r}: write DEVICESxTYPE or NODESxDEVICESxTYPE, such as 8xH100 or 2x8xH100, "
+            "several joined by +"
+        )
     device_type = match["type"].upper()
     if device_type not in DEVICE_MEMORY_GIB:
+        known = ", ".join(sorted(DEVICE_MEMORY_GIB))
         raise ScepsyError(f"cluster {text!r}: unknown device type {match['type']!r}; known: {known}")
     devices, nodes = int(match["devices"]), int(match["nodes"] or 1)
     if devices < 1 or nodes < 1:
         raise ScepsyError(f"cluster {text!r}: needs at least one node and one device")
-    numbers = tuple(range(devices))
-    domains = tuple((number,) for number in numbers) if device_type in _WITHOUT_NVLINK else (numbers,)
-    return Cluster(
-        nodes=tuple(
-            Node(
-                name=f"node{index}",
-                device_type=device_type,
-                devices=devices,
-                memory_gib=DEVICE_MEMORY_GIB[device_type],
-                nvlink_domains=domains,
-            )
-            for index in range(nodes)
+    return [
+        Node(
+            name=f"node{first + index}",
+            device_type=device_type,
+            devices=devices,
+            memory_gib=DEVICE_MEMORY_GIB[device_type],
+            nvlink_domains=usual_domains(device_type, devices),
         )
-    )
+        for index in range(nodes)
+    ]
+
+
+def usual_domains(device_type: str, devices: int) -> tuple[tuple[int, ...], ...]:
+    """The NVLink domains of a node of which only the type and number of devices is known: all, or each alone."""
+    numbers = tuple(range(devices))
+    return tuple((number,) for number in numbers) if device_type in _WITHOUT_NVLINK else (numbers,)
+
+
+NVLINK_DISTANCE = 1
+PCIE_DISTANCE = 2
+SOCKET_DISTANCE = 4
+SWITCH_DISTANCE = 16
+NETWORK_DISTANCE = 32
+
+Place = tuple[str, ...] | tuple[str, str, int]
+"""A vertex of the topology: ("network",), ("switch", name), ("node", name), ("socket" | "nvlink" | "device", node, n)."""
+
+
+def topology(cluster: Cluster) -> nx.Graph[Place]:
+    """The cluster as a graph: devices, the NVLink domains and sockets that join them, nodes, switches, the network.
+
+    The `distance` of an edge is half of that between two devices which it and its like join, so that a shortest path
+    between devices is 1 over NVLink, 2 over PCIe below one socket, 4 across sockets, 16 between nodes below one switch
+    and 32 between others. The figures order the links by how long a byte takes; they are not times. Nodes that name no
+    switch hang on the network directly.
+    """
+    graph: nx.Graph[Place] = nx.Graph()
+    graph.add_node(("network",))
+    for node in cluster.nodes:
+        here: Place = ("node", node.name)
+        if node.switch:
+            graph.add_edge(("network",), ("switch", node.switch), distance=(NETWORK_DISTANCE - SWITCH_DISTANCE) / 2)
+            graph.add_edge(("switch", node.switch), here, distance=(SWITCH_DISTANCE - SOCKET_DISTANCE) / 2)
+        else:
+            graph.add_edge(("network",), here, distance=(NETWORK_DISTANCE - SOCKET_DISTANCE) / 2)
+        for number, devices in enumerate(node.pcie_domains or (tuple(range(node.devices)),)):
+            socket: Place = ("socket", node.name, number)
+            graph.add_edge(here, socket, distance=(SOCKET_DISTANCE - PCIE_DISTANCE) / 2)
+            graph.add_edges_from(
+                ((socket, ("device", node.name, device)) for device in devices), distance=PCIE_DISTANCE / 2
+            )
+        for number, devices in enumerate(node.nvlink_domains):
+            if len(devices) > 1:
+                hub: Place = ("nvlink", node.name, number)
+                graph.add_edges_from(
+                    ((hub, ("device", node.name, device)) for device in devices), distance=NVLINK_DISTANCE / 2
+                )
+    return graph

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from scepsy_optimizer.allocation import Choice
+from scepsy_optimizer.allocation import Choice, Groups
 from scepsy_optimizer.cluster import Cluster
 from scepsy_optimizer.plan import Plan, Slot
 
@@ -18,25 +18,34 @@ from scepsy_optimizer.plan import Plan, Slot
 @dataclass(slots=True)
 class _Domain:
     node: str
+    device_type: str
     free: list[int]
     shared: dict[int, Fraction] = field(default_factory=dict)
 
 
-def place(choices: Mapping[str, Choice], cluster: Cluster) -> dict[str, tuple[Slot, ...]] | None:
-    """A slot for every replica of every LLM, or None where they cannot all be placed.
+def place(allocation: Mapping[str, Groups], cluster: Cluster) -> dict[str, tuple[tuple[Slot, ...], ...]] | None:
+    """For every LLM and group a slot for each replica, or None where they cannot all be placed.
 
     Whatever is placed satisfies `check_placement`.
     """
-    domains = [_Domain(node.name, sorted(domain)) for node in cluster.nodes for domain in node.nvlink_domains]
-    replicas = [(choice, llm) for llm, choice in choices.items() for _ in range(choice.replicas)]
-    replicas.sort(key=lambda item: (-item[0].tensor_parallel_size, -item[0].fraction, item[1]))
-    slots: dict[str, list[Slot]] = {llm: [] for llm in choices}
-    for choice, llm in replicas:
-        slot = _place_shared(choice, domains) if choice.fraction < 1 else _place_whole(choice, domains)
+    domains = [
+        _Domain(node.name, node.device_type, sorted(domain)) for node in cluster.nodes for domain in node.nvlink_domains
+    ]
+    replicas = [
+        (choice, llm, number)
+        for llm, groups in allocation.items()
+        for number, choice in enumerate(groups)
+        for _ in range(choice.replicas)
+    ]
+    replicas.sort(key=lambda item: (-item[0].tensor_parallel_size, -item[0].fraction, item[1:]))
+    slots: dict[str, list[list[Slot]]] = {llm: [[] for _ in groups] for llm, groups in allocation.items()}
+    for choice, llm, number in replicas:
+        fitting = [domain for domain in domains if choice.device_type in ("", domain.device_type)]
+        slot = _place_shared(choice, fitting) if choice.fraction < 1 else _place_whole(choice, fitting)
         if slot is None:
             return None
-        slots[llm].append(slot)
-    return {llm: tuple(placed) for llm, placed in slots.items()}
+        slots[llm][number].append(slot)
+    return {llm: tuple(tuple(group) for group in groups) for llm, groups in slots.items()}
 
 
 def _take(domains: list[_Domain], size: int) -> tuple[_Domain, tuple[int, ...]] | None:
@@ -96,6 +105,8 @@ def check_placement(plan: Plan) -> list[str]:
                 continue
             if len(set(slot.devices)) != len(slot.devices):
                 wrong.append(f"{where}: names a device twice")
+            if part.device_type not in ("", node.device_type):
+                wrong.append(f"{where}: planned for {part.device_type}, node {node.name!r} has {node.device_type}")
             if not any(set(slot.devices) <= set(domain) for domain in node.nvlink_domains):
                 wrong.append(f"{where}: devices {list(slot.devices)} of {node.name!r} do not share a fast-link domain")
             for device in slot.devices:

@@ -21,10 +21,12 @@ class Slot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LLMPlan:
-    """One LLM's part of a plan: `replicas` equal replicas, one slot each.
+    """A group of equal replicas of one LLM, one slot each. An LLM may have several groups.
 
-    `predicted_call_s` is the mean time of one call, `utilisation` the load as a part of saturation, `share` the LLM's
-    part of the LLM execution time in the traces.
+    `device_type` may be empty where the cluster has only one type. `rate_rps` is the rate of calls that reach the
+    group, `predicted_call_s` the mean time of one of them, `utilisation` the load as a part of saturation, and
+    `replica_rps` the rate that one replica carries at the highest utilisation that is planned for, 0 where that is not
+    known. `share` is the LLM's part of the LLM execution time in the traces, over all its groups.
     """
 
     llm: str
@@ -41,6 +43,13 @@ class LLMPlan:
     predicted_call_s: float = 0.0
     utilisation: float = 0.0
     share: float = 0.0
+    device_type: str = ""
+    replica_rps: float = 0.0
+
+    @property
+    def replica_weight(self) -> float:
+        """What one replica can do beside the LLM's others: the rate that it carries, else the devices that it takes."""
+        return self.replica_rps or self.tensor_parallel_size * self.fraction
 
     @property
     def device_count(self) -> float:
@@ -84,7 +93,10 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Allocation, placement and prediction for one cluster at one rate of executions."""
+    """Allocation, placement and prediction for one cluster at one rate of executions.
+
+    `llms` has one entry for each group of equal replicas, so an LLM may be there more than once.
+    """
 
     cluster: Cluster
     rate_rps: float
@@ -93,9 +105,12 @@ class Plan:
     provenance: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        names = [part.llm for part in self.llms]
-        if len(set(names)) != len(names):
-            raise ScepsyError(f"plan: each LLM may appear once, got {', '.join(names)}")
+        seen: set[tuple[str, int, float, str]] = set()
+        for part in self.llms:
+            group = (part.llm, part.tensor_parallel_size, part.fraction, part.device_type)
+            if group in seen:
+                raise ScepsyError(f"plan: {part.llm!r} has two groups of equal replicas; make them one")
+            seen.add(group)
         for part in self.llms:
             if len(part.slots) != part.replicas:
                 raise ScepsyError(f"plan: {part.llm!r} has {part.replicas} replicas but {len(part.slots)} slots")
@@ -110,9 +125,10 @@ class Plan:
                         f"but a slot with devices {list(slot.devices)}"
                     )
 
-    def part(self, llm: str) -> LLMPlan:
-        """The part of one LLM. Raises ScepsyError if the plan has no such LLM."""
-        for part in self.llms:
-            if part.llm == llm:
-                return part
-        raise ScepsyError(f"plan: no LLM {llm!r}; it has {', '.join(part.llm for part in self.llms)}")
+    def parts(self, llm: str) -> tuple[LLMPlan, ...]:
+        """The groups of one LLM. Raises ScepsyError if the plan has no such LLM."""
+        found = tuple(part for part in self.llms if part.llm == llm)
+        if not found:
+            known = ", ".join(dict.fromkeys(part.llm for part in self.llms))
+            raise ScepsyError(f"plan: no LLM {llm!r}; it has {known}")
+        return found

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
 
-from scepsy_optimizer.allocation import MAX_UTILISATION, UNITS_PER_DEVICE, Choice, Option, evaluate_choice
+from scepsy_optimizer.allocation import (
+    MAX_UTILISATION,
+    UNITS_PER_DEVICE,
+    Choice,
+    Groups,
+    Option,
+    evaluate_groups,
+    group_loads,
+)
 from scepsy_optimizer.cluster import Cluster
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.pipeline import build_pipeline, workflow_latencies_s
 from scepsy_optimizer.placement import place
 from scepsy_optimizer.plan import LLMPlan, Plan, Prediction, Slot
-from scepsy_optimizer.profile import LLMProfile
+from scepsy_optimizer.profile import LLMProfile, Profiles, find_profile, profiles_of
 from scepsy_optimizer.search import find_allocation, highest_rate
 from scepsy_optimizer.steady_state import replay_steady_state
 from scepsy_optimizer.workload import Workload
@@ -25,7 +33,7 @@ _MAX_REPLAYED = 4
 
 def optimize(
     workload: Workload,
-    profiles: Mapping[str, LLMProfile],
+    profiles: Profiles,
     cluster: Cluster,
     *,
     rate_rps: float,
@@ -38,23 +46,17 @@ def optimize(
 
     With `replay_seed` the best few candidates that the search met are replayed under the same arrivals, and the one of
     least replayed mean latency is taken; the bound and its gap stay those of the closed form. With `max_units` the plan
-    uses at most that many tenths of a device, and the bound is for that budget. `profiles` are by LLM name, for the
-    cluster's device type. Raises ScepsyError where the rate is out of reach, with the highest reachable one and its
-    bottleneck, or where an LLM has no profile or does not fit.
+    uses at most that many tenths of a device, and the bound is for that budget. `profiles` are by LLM name, for one or
+    more of the cluster's device types. Raises ScepsyError where the rate is out of reach, with the highest reachable
+    one and its bottleneck, or where an LLM has no profile or does not fit.
     """
     check_profiles(workload, profiles, cluster)
-    largest = cluster.largest_domain
     whole = cluster.devices * UNITS_PER_DEVICE
     budget = units = whole if max_units is None else min(whole, max_units)
     bound_s: float | None = None
     while units > 0:
         allocation = find_allocation(
-            workload,
-            profiles,
-            rate_rps=rate_rps,
-            units=units,
-            max_tensor_parallel_size=largest,
-            max_utilisation=max_utilisation,
+            workload, profiles, cluster, rate_rps=rate_rps, max_units=units, max_utilisation=max_utilisation
         )
         if allocation is None:
             break
@@ -65,7 +67,15 @@ def optimize(
             plan
             for candidate in near[:_MAX_REPLAYED]
             if (
-                plan := _build(workload, profiles, cluster, candidate.options, rate_rps=rate_rps, provenance=provenance)
+                plan := _build(
+                    workload,
+                    profiles,
+                    cluster,
+                    candidate.options,
+                    rate_rps=rate_rps,
+                    max_utilisation=max_utilisation,
+                    provenance=provenance,
+                )
             )
         ]
         if plans:
@@ -74,10 +84,8 @@ def optimize(
             gap = max(0.0, 1 - bound_s / best.prediction.latency_s)
             return replace(best, prediction=replace(best.prediction, lower_bound_s=bound_s, gap=gap))
         # Groups did not fit into the domains side by side: plan for fewer devices and try again.
-        units = sum(option.choice.units for option in allocation.options.values()) - 1
-    rate, bottleneck = highest_rate(
-        workload, profiles, units=budget, max_tensor_parallel_size=largest, max_utilisation=max_utilisation
-    )
+        units = sum(option.units for option in allocation.options.values()) - 1
+    rate, bottleneck = highest_rate(workload, profiles, cluster, max_units=budget, max_utilisation=max_utilisation)
     raise ScepsyError(
         f"a rate of {rate_rps:g} executions/s is out of reach on {budget / UNITS_PER_DEVICE:g} {cluster.device_type}: "
         f"the highest is {rate:.3g}/s, limited by {bottleneck!r}. Ask for less, add devices, or make {bottleneck!r} "
@@ -87,9 +95,9 @@ def optimize(
 
 def predict(
     workload: Workload,
-    profiles: Mapping[str, LLMProfile],
+    profiles: Profiles,
     cluster: Cluster,
-    choices: Mapping[str, Choice],
+    choices: Mapping[str, Groups],
     *,
     rate_rps: float,
     provenance: Mapping[str, str] | None = None,
@@ -104,18 +112,29 @@ def predict(
     if missing:
         raise ScepsyError(f"the allocation gives nothing to {', '.join(missing)}, which the workload calls")
     options = {
-        demand.llm: evaluate_choice(
-            demand, profiles[demand.llm], choices[demand.llm], calls_rps=rate_rps * demand.visits
+        demand.llm: evaluate_groups(
+            demand,
+            cluster_profiles(profiles, demand.llm, cluster),
+            choices[demand.llm],
+            calls_rps=rate_rps * demand.visits,
         )
         for demand in workload.demands
     }
-    plan = _build(workload, profiles, cluster, options, rate_rps=rate_rps, provenance=provenance)
+    plan = _build(
+        workload,
+        profiles,
+        cluster,
+        options,
+        rate_rps=rate_rps,
+        max_utilisation=MAX_UTILISATION,
+        provenance=provenance,
+    )
     if plan is None:
         raise ScepsyError(f"the allocation does not fit on {cluster.devices} devices: {describe_choices(choices)}")
     return plan
 
 
-def hand_made_plan(choices: Mapping[str, Choice], profiles: Mapping[str, LLMProfile], cluster: Cluster) -> Plan:
+def hand_made_plan(choices: Mapping[str, Groups], profiles: Profiles, cluster: Cluster) -> Plan:
     """A plan of a given allocation without any workload to predict from, to start engines before anything is traced.
 
     Raises ScepsyError where it cannot be placed.
@@ -123,36 +142,45 @@ def hand_made_plan(choices: Mapping[str, Choice], profiles: Mapping[str, LLMProf
     slots = place(choices, cluster)
     if slots is None:
         raise ScepsyError(f"the allocation does not fit on {cluster.devices} devices: {describe_choices(choices)}")
-    parts = tuple(_part(llm, profiles[llm], choice, slots[llm]) for llm, choice in choices.items())
+    parts = tuple(
+        _part(llm, cluster_profiles(profiles, llm, cluster), choice, placed)
+        for llm, groups in choices.items()
+        for choice, placed in zip(groups, slots[llm], strict=True)
+    )
     return Plan(cluster=cluster, rate_rps=0.0, llms=parts, provenance={"allocation": "made by hand"})
 
 
-def describe_choices(choices: Mapping[str, Choice]) -> str:
+def describe_choices(choices: Mapping[str, Groups]) -> str:
     """An allocation in words."""
-    return "; ".join(
-        f"{llm}: {choice.replicas} x "
-        + (
-            f"{float(choice.fraction):g} device"
-            if choice.fraction < 1
-            else f"tensor_parallel_size {choice.tensor_parallel_size}"
-        )
-        for llm, choice in choices.items()
+    return "; ".join(f"{llm}: {' + '.join(_describe(choice) for choice in groups)}" for llm, groups in choices.items())
+
+
+def _describe(choice: Choice) -> str:
+    each = (
+        f"{float(choice.fraction):g} device"
+        if choice.fraction < 1
+        else f"tensor_parallel_size {choice.tensor_parallel_size}"
     )
+    return f"{choice.replicas} x {each}" + (f" of {choice.device_type}" if choice.device_type else "")
 
 
-def plan_choices(plan: Plan) -> dict[str, Choice]:
+def plan_choices(plan: Plan) -> dict[str, Groups]:
     """The allocation inside a plan."""
     return {
-        part.llm: Choice(
-            tensor_parallel_size=part.tensor_parallel_size,
-            fraction=Fraction(part.fraction).limit_denominator(1000),
-            replicas=part.replicas,
+        llm: tuple(
+            Choice(
+                tensor_parallel_size=part.tensor_parallel_size,
+                fraction=Fraction(part.fraction).limit_denominator(1000),
+                replicas=part.replicas,
+                device_type=part.device_type,
+            )
+            for part in plan.parts(llm)
         )
-        for part in plan.llms
+        for llm in dict.fromkeys(part.llm for part in plan.llms)
     }
 
 
-def _by_replay(plans: list[Plan], profiles: Mapping[str, LLMProfile], workload: Workload, seed: int) -> Plan:
+def _by_replay(plans: list[Plan], profiles: Profiles, workload: Workload, seed: int) -> Plan:
     """The plan of least replayed mean latency, with what the replay gave; the first where replays take too long."""
     found = []
     for plan in plans:
@@ -165,15 +193,16 @@ def _by_replay(plans: list[Plan], profiles: Mapping[str, LLMProfile], workload: 
 
 def _build(
     workload: Workload,
-    profiles: Mapping[str, LLMProfile],
+    profiles: Profiles,
     cluster: Cluster,
     options: Mapping[str, Option],
     *,
     rate_rps: float,
+    max_utilisation: float,
     provenance: Mapping[str, str] | None,
 ) -> Plan | None:
     """Place the options and predict; None where they cannot be placed."""
-    slots = place({llm: option.choice for llm, option in options.items()}, cluster)
+    slots = place({llm: option.groups for llm, option in options.items()}, cluster)
     if slots is None:
         return None
     speeds = {llm: option.speed for llm, option in options.items()}
@@ -182,17 +211,23 @@ def _build(
     bottleneck = min(limits, key=lambda llm: limits[llm])
     parts = []
     for demand in workload.demands:
-        option = options[demand.llm]
-        computed = max(1.0, demand.input_tokens - demand.cached_tokens)
-        parts.append(
-            replace(
-                _part(demand.llm, profiles[demand.llm], option.choice, slots[demand.llm]),
-                rate_rps=rate_rps * demand.visits,
-                predicted_call_s=option.speed.call_s(computed, max(1.0, demand.output_tokens)),
-                utilisation=option.utilisation,
-                share=demand.share,
-            )
+        offered = cluster_profiles(profiles, demand.llm, cluster)
+        groups = options[demand.llm].groups
+        loads = group_loads(
+            demand, offered, groups, calls_rps=rate_rps * demand.visits, max_utilisation=max_utilisation
         )
+        computed = max(1.0, demand.input_tokens - demand.cached_tokens)
+        parts += [
+            replace(
+                _part(demand.llm, offered, choice, placed),
+                rate_rps=load.calls_rps,
+                predicted_call_s=load.speed.call_s(computed, max(1.0, demand.output_tokens)),
+                utilisation=load.utilisation,
+                share=demand.share,
+                replica_rps=load.replica_rps,
+            )
+            for choice, placed, load in zip(groups, slots[demand.llm], loads, strict=True)
+        ]
     return Plan(
         cluster=cluster,
         rate_rps=rate_rps,
@@ -210,8 +245,9 @@ def _build(
     )
 
 
-def _part(llm: str, profile: LLMProfile, choice: Choice, slots: tuple[Slot, ...]) -> LLMPlan:
-    """One LLM's part without a prediction; a replica accepts no longer context than its KV cache holds."""
+def _part(llm: str, profiles: Sequence[LLMProfile], choice: Choice, slots: tuple[Slot, ...]) -> LLMPlan:
+    """One group without a prediction; a replica accepts no longer context than its KV cache holds."""
+    profile = find_profile(profiles, choice.device_type)
     kv_tokens = profile.kv_tokens(choice.tensor_parallel_size, float(choice.fraction))
     return LLMPlan(
         llm=llm,
@@ -224,19 +260,29 @@ def _part(llm: str, profile: LLMProfile, choice: Choice, slots: tuple[Slot, ...]
         max_num_batched_tokens=profile.max_num_batched_tokens,
         max_model_len=min(profile.max_model_len, kv_tokens),
         gpu_memory_utilization=profile.gpu_memory_utilization,
+        device_type=choice.device_type,
     )
 
 
-def check_profiles(workload: Workload, profiles: Mapping[str, LLMProfile], cluster: Cluster) -> None:
-    """Raise ScepsyError unless every LLM of the workload has a profile for the cluster's device type."""
+def cluster_profiles(profiles: Profiles, llm: str, cluster: Cluster) -> tuple[LLMProfile, ...]:
+    """The profiles of an LLM for the cluster's device types, in their order. Raises ScepsyError where it has none."""
+    offered = profiles_of(profiles, llm)
+    found = tuple(
+        profile for device_type in cluster.device_types for profile in offered if profile.device_type == device_type
+    )
+    if not found:
+        raise ScepsyError(
+            f"the profile of {llm!r} is for {', '.join(profile.device_type for profile in offered)}, the cluster has "
+            f"{cluster.device_type}: profile it for that device type"
+        )
+    return found
+
+
+def check_profiles(workload: Workload, profiles: Profiles, cluster: Cluster) -> None:
+    """Raise ScepsyError unless every LLM of the workload has a profile for a device type of the cluster."""
     missing = [demand.llm for demand in workload.demands if demand.llm not in profiles]
     if missing:
         known = ", ".join(sorted(profiles)) or "nothing"
         raise ScepsyError(f"no profile for {', '.join(missing)}; there are profiles for {known}")
     for demand in workload.demands:
-        profile = profiles[demand.llm]
-        if profile.device_type != cluster.device_type:
-            raise ScepsyError(
-                f"the profile of {demand.llm!r} is for {profile.device_type}, the cluster has {cluster.device_type}: "
-                "profile it for that device type"
-            )
+        cluster_profiles(profiles, demand.llm, cluster)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -134,6 +134,27 @@ class LLMProfile:
     def with_slowdown(self, slowdown: FractionSlowdown) -> LLMProfile:
         """The same profile under another slowdown model, such as PROPORTIONAL."""
         return replace(self, slowdown=slowdown)
+
+
+Profiles = Mapping[str, LLMProfile | Sequence[LLMProfile]]
+"""Profiles by LLM: one, or one for each of several device types."""
+
+
+def profiles_of(profiles: Profiles, llm: str) -> tuple[LLMProfile, ...]:
+    """The profiles of one LLM, one per device type. Raises ScepsyError where it has none."""
+    found = profiles.get(llm, ())
+    if not found:
+        raise ScepsyError(f"no profile for {llm}; there are profiles for {', '.join(sorted(profiles)) or 'nothing'}")
+    return (found,) if isinstance(found, LLMProfile) else tuple(found)
+
+
+def find_profile(profiles: Sequence[LLMProfile], device_type: str = "") -> LLMProfile:
+    """The profile for a device type, the first for "". Raises ScepsyError where there is none."""
+    for profile in profiles:
+        if device_type in ("", profile.device_type):
+            return profile
+    known = ", ".join(profile.device_type for profile in profiles)
+    raise ScepsyError(f"the profile of {profiles[0].llm!r} is for {known}, not {device_type}: profile it there")
 
 
 class StepClock:

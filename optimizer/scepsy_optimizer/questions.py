@@ -9,7 +9,7 @@ from scepsy_optimizer.cluster import Cluster
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.plan import Plan
 from scepsy_optimizer.planner import check_profiles, optimize
-from scepsy_optimizer.profile import LLMProfile
+from scepsy_optimizer.profile import Profiles
 from scepsy_optimizer.search import find_allocation, highest_rate
 from scepsy_optimizer.workload import Workload
 
@@ -19,7 +19,7 @@ _RATE_PRECISION = 1e-3
 
 def optimize_rate(
     workload: Workload,
-    profiles: Mapping[str, LLMProfile],
+    profiles: Profiles,
     cluster: Cluster,
     *,
     latency_s: float,
@@ -33,14 +33,11 @@ def optimize_rate(
     """
     check_profiles(workload, profiles, cluster)
     _check_latency(latency_s)
-    units, largest = cluster.devices * UNITS_PER_DEVICE, cluster.largest_domain
 
     def least_s(rate_rps: float) -> float:
-        return _least_latency_s(workload, profiles, rate_rps, units, largest, max_utilisation)
+        return _least_latency_s(workload, profiles, cluster, rate_rps, None, max_utilisation)
 
-    high, _ = highest_rate(
-        workload, profiles, units=units, max_tensor_parallel_size=largest, max_utilisation=max_utilisation
-    )
+    high, _ = highest_rate(workload, profiles, cluster, max_utilisation=max_utilisation)
     low = _LOWEST_RATE_RPS
     if (least := least_s(low)) > latency_s:
         raise ScepsyError(
@@ -68,7 +65,7 @@ def optimize_rate(
 
 def optimize_devices(
     workload: Workload,
-    profiles: Mapping[str, LLMProfile],
+    profiles: Profiles,
     cluster: Cluster,
     *,
     rate_rps: float,
@@ -92,7 +89,7 @@ def optimize_devices(
     low, high = 0, cluster.devices * UNITS_PER_DEVICE
     while high - low > 1:
         middle = (low + high) // 2
-        latency = _least_latency_s(workload, profiles, rate_rps, middle, cluster.largest_domain, max_utilisation)
+        latency = _least_latency_s(workload, profiles, cluster, rate_rps, middle, max_utilisation)
         low, high = (low, middle) if latency <= latency_s else (middle, high)
     return optimize(
         workload,
@@ -113,19 +110,14 @@ def _check_latency(latency_s: float) -> None:
 
 def _least_latency_s(
     workload: Workload,
-    profiles: Mapping[str, LLMProfile],
+    profiles: Profiles,
+    cluster: Cluster,
     rate_rps: float,
-    units: int,
-    largest_domain: int,
+    max_units: int | None,
     max_utilisation: float,
 ) -> float:
     """The least mean latency at a rate within a budget; infinite where the rate is out of reach."""
     found = find_allocation(
-        workload,
-        profiles,
-        rate_rps=rate_rps,
-        units=units,
-        max_tensor_parallel_size=largest_domain,
-        max_utilisation=max_utilisation,
+        workload, profiles, cluster, rate_rps=rate_rps, max_units=max_units, max_utilisation=max_utilisation
     )
     return float("inf") if found is None else found.latency_s

@@ -8,7 +8,7 @@ that the engine's steps give it. What the pipeline can only approximate happens 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scepsy_optimizer.engine import Engine, Stretch
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.plan import Plan
-from scepsy_optimizer.profile import LLMProfile
+from scepsy_optimizer.profile import Profiles, find_profile, profiles_of
 from scepsy_optimizer.timeline import Timeline
 
 
@@ -53,7 +53,7 @@ def poisson_arrivals_s(rng: np.random.Generator, *, rate_rps: float, executions:
 
 def replay(
     plan: Plan,
-    profiles: Mapping[str, LLMProfile],
+    profiles: Profiles,
     timelines: Sequence[Timeline],
     arrivals_s: Sequence[float] | NDArray[np.float64],
 ) -> Replay:
@@ -88,25 +88,27 @@ class _Run:
     What a call spends outside the engine comes before it is submitted; its submission is the complement of its event.
     """
 
-    def __init__(self, plan: Plan, profiles: Mapping[str, LLMProfile], timelines: Sequence[Timeline]) -> None:
+    def __init__(self, plan: Plan, profiles: Profiles, timelines: Sequence[Timeline]) -> None:
         self._timelines = timelines
         self._replicas: dict[str, list[_Replica]] = {}
+        self._outside_s: dict[str, float] = {}
         for part in plan.llms:
             if part.llm not in profiles:
                 raise ScepsyError(f"replay: no profile for {part.llm!r}")
-            size, fraction = part.tensor_parallel_size, part.fraction
-            self._replicas[part.llm] = [
+            profile = find_profile(profiles_of(profiles, part.llm), part.device_type or plan.cluster.device_type)
+            self._outside_s[part.llm] = profile.request_s
+            replicas = self._replicas.setdefault(part.llm, [])
+            replicas += [
                 _Replica(
-                    engine=Engine(profiles[part.llm], tensor_parallel_size=size, fraction=fraction),
-                    weight=size * fraction,
-                    number=number,
+                    engine=Engine(profile, tensor_parallel_size=part.tensor_parallel_size, fraction=part.fraction),
+                    weight=part.replica_weight,
+                    number=len(replicas) + number,
                 )
                 for number in range(part.replicas)
             ]
         called = {call.llm for timeline in timelines for call in timeline.calls}
         if missing := sorted(called - self._replicas.keys()):
             raise ScepsyError(f"replay: the executions call {', '.join(missing)}, which the plan does not serve")
-        self._outside_s = {llm: profiles[llm].request_s for llm in self._replicas}
         self._successors: dict[int, list[list[int]]] = {}
         # What each execution still waits for, per event; made when it arrives, dropped when it is over.
         self._open: dict[int, list[int]] = {}

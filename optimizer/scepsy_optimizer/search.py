@@ -18,17 +18,18 @@ import numpy as np
 from scepsy_optimizer.allocation import (
     MAX_UTILISATION,
     UNITS_PER_DEVICE,
-    Choice,
     Floats,
+    Groups,
     Option,
     OptionTable,
     list_options,
     replica_kinds,
 )
+from scepsy_optimizer.cluster import Cluster
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.knapsack import solve
 from scepsy_optimizer.pipeline import Pipeline, Stage, build_pipeline
-from scepsy_optimizer.profile import LLMProfile
+from scepsy_optimizer.profile import LLMProfile, Profiles, profiles_of
 from scepsy_optimizer.replica import CallShape, CallSpeed, saturation_rps
 from scepsy_optimizer.workload import Workload
 
@@ -66,34 +67,30 @@ class Allocation:
 
 def find_allocation(
     workload: Workload,
-    profiles: Mapping[str, LLMProfile],
+    profiles: Profiles,
+    cluster: Cluster,
     *,
     rate_rps: float,
-    units: int,
-    max_tensor_parallel_size: int,
+    max_units: int | None = None,
     max_utilisation: float = MAX_UTILISATION,
 ) -> Allocation | None:
-    """The allocation of least mean latency at `rate_rps` executions per second within `units` tenths of a device.
+    """The allocation of least mean latency at `rate_rps` executions per second on the cluster.
 
-    Returns None where no allocation carries the rate. Raises ScepsyError for a rate that is not positive or an LLM
-    without a profile.
+    With `max_units` it takes at most that many tenths of a device, of all device types together. Returns None where
+    no allocation carries the rate. Raises ScepsyError for a rate that is not positive or an LLM without a profile.
     """
     _check(workload, profiles, rate_rps)
     tables = list_tables(
-        workload,
-        profiles,
-        rate_rps=rate_rps,
-        units=units,
-        max_tensor_parallel_size=max_tensor_parallel_size,
-        max_utilisation=max_utilisation,
+        workload, profiles, cluster, rate_rps=rate_rps, max_units=max_units, max_utilisation=max_utilisation
     )
     if tables is None:
         return None
+    units = _whole_units(cluster, max_units)
     pipelines = [build_pipeline(workload)]
     pipeline = pipelines[0]
     bound_s = 0.0
     met: list[Candidate] = []
-    speeds: dict[tuple[Choice, ...], dict[str, CallSpeed]] = {}
+    speeds: dict[tuple[Groups, ...], dict[str, CallSpeed]] = {}
     idle = 0
     for _ in range(_MAX_CUTS):
         found = _solve(pipeline, tables, units)
@@ -102,7 +99,7 @@ def find_allocation(
         chosen, linear_s = found
         idle = 0 if linear_s > bound_s * (1 + _GAP_GOAL) else idle + 1
         bound_s = max(bound_s, linear_s)
-        key = tuple(option.choice for option in chosen.values())
+        key = tuple(option.groups for option in chosen.values())
         new = key not in speeds
         if new:
             speeds[key] = {llm: option.speed for llm, option in chosen.items()}
@@ -124,33 +121,30 @@ def find_allocation(
 
 def list_tables(
     workload: Workload,
-    profiles: Mapping[str, LLMProfile],
+    profiles: Profiles,
+    cluster: Cluster,
     *,
     rate_rps: float,
-    units: int,
-    max_tensor_parallel_size: int,
+    max_units: int | None = None,
     max_utilisation: float = MAX_UTILISATION,
 ) -> dict[str, OptionTable] | None:
     """The options of each LLM at a rate, none larger than what the others leave; None where they do not all fit."""
     needs = {
         demand.llm: _unit_need(
-            profiles[demand.llm],
-            CallShape.of(demand),
-            max_tensor_parallel_size=max_tensor_parallel_size,
-            max_utilisation=max_utilisation,
+            profiles_of(profiles, demand.llm)[0], CallShape.of(demand), cluster, max_utilisation=max_utilisation
         )(rate_rps * demand.visits)
         for demand in workload.demands
     }
-    spare = units - sum(needs.values())
+    spare = _whole_units(cluster, max_units) - sum(needs.values())
     if spare < 0:
         return None
     return {
         demand.llm: list_options(
             demand,
-            profiles[demand.llm],
+            profiles_of(profiles, demand.llm),
+            cluster,
             calls_rps=rate_rps * demand.visits,
             max_units=int(needs[demand.llm] + spare),
-            max_tensor_parallel_size=max_tensor_parallel_size,
             max_utilisation=max_utilisation,
         )
         for demand in workload.demands
@@ -210,10 +204,10 @@ def _solve(pipeline: Pipeline, tables: Mapping[str, OptionTable], units: int) ->
 
 def highest_rate(
     workload: Workload,
-    profiles: Mapping[str, LLMProfile],
+    profiles: Profiles,
+    cluster: Cluster,
     *,
-    units: int,
-    max_tensor_parallel_size: int,
+    max_units: int | None = None,
     max_utilisation: float = MAX_UTILISATION,
 ) -> tuple[float, str]:
     """The highest rate of executions that some allocation carries, and the LLM that is the bottleneck there.
@@ -222,12 +216,10 @@ def highest_rate(
     the LLMs do not even fit at the lowest rate.
     """
     _check(workload, profiles, 1.0)
+    units = _whole_units(cluster, max_units)
     needs = {
         demand.llm: _unit_need(
-            profiles[demand.llm],
-            CallShape.of(demand),
-            max_tensor_parallel_size=max_tensor_parallel_size,
-            max_utilisation=max_utilisation,
+            profiles_of(profiles, demand.llm)[0], CallShape.of(demand), cluster, max_utilisation=max_utilisation
         )
         for demand in workload.demands
     }
@@ -242,7 +234,7 @@ def highest_rate(
         if homeless := [llm for llm, least in floors.items() if least == float("inf")]:
             raise ScepsyError(
                 f"{', '.join(homeless)} does not fit at any profiled tensor parallelism up to "
-                f"{max_tensor_parallel_size}: use devices with more memory or a smaller model"
+                f"{cluster.largest_domain}: use devices with more memory or a smaller model"
             )
         floor = ", ".join(f"{llm} {least:g}" for llm, least in floors.items())
         raise ScepsyError(
@@ -266,15 +258,14 @@ def highest_rate(
 
 
 def _unit_need(
-    profile: LLMProfile, shape: CallShape, *, max_tensor_parallel_size: int, max_utilisation: float
+    profile: LLMProfile, shape: CallShape, cluster: Cluster, *, max_utilisation: float
 ) -> Callable[[float], float]:
     """The fewest units that carry a rate of calls, as a function of that rate; infinite where the LLM never fits."""
     kinds = []
-    for size, fraction in replica_kinds(profile, max_tensor_parallel_size=max_tensor_parallel_size):
-        capacity = saturation_rps(profile, size, float(fraction), shape) * max_utilisation
-        units = Choice(tensor_parallel_size=size, fraction=fraction, replicas=1).units
+    for kind in replica_kinds(profile, max_tensor_parallel_size=cluster.largest_domain):
+        capacity = saturation_rps(profile, kind.tensor_parallel_size, float(kind.fraction), shape) * max_utilisation
         if capacity > 0:
-            kinds.append((capacity, units))
+            kinds.append((capacity, kind.units))
 
     def need(calls_rps: float) -> float:
         if not kinds:
@@ -284,7 +275,12 @@ def _unit_need(
     return need
 
 
-def _check(workload: Workload, profiles: Mapping[str, LLMProfile], rate_rps: float) -> None:
+def _whole_units(cluster: Cluster, max_units: int | None) -> int:
+    whole = cluster.devices * UNITS_PER_DEVICE
+    return whole if max_units is None else min(whole, max_units)
+
+
+def _check(workload: Workload, profiles: Profiles, rate_rps: float) -> None:
     if not rate_rps > 0 or not np.isfinite(rate_rps):
         raise ScepsyError(f"rate {rate_rps:g}: executions per second must be a positive number")
     missing = [demand.llm for demand in workload.demands if demand.llm not in profiles]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 from numpy.typing import NDArray
 
 from scepsy_optimizer.plan import Plan, ReplayedLatency
-from scepsy_optimizer.profile import LLMProfile
+from scepsy_optimizer.profile import Profiles
 from scepsy_optimizer.replay import poisson_arrivals_s, replay
 from scepsy_optimizer.workload import Workload
 
@@ -19,7 +17,7 @@ _WARM_UP_IN_LATENCIES = 2.0
 
 def replay_steady_state(
     plan: Plan,
-    profiles: Mapping[str, LLMProfile],
+    profiles: Profiles,
     workload: Workload,
     *,
     rng: np.random.Generator,

@@ -217,7 +217,7 @@ def test_profile_estimates_and_its_file_is_planned_with(scepsy, traces, tmp_path
     plan = tmp_path / "plan.yaml"
     rest = ["--cluster", "4xH100", "--rate", "1", "--profiles", target, "-o", plan]
     assert scepsy("optimize", traces, *rest)[0] == 0
-    assert load_plan(plan).part("writer").model == "Qwen/Qwen3-8B"
+    assert load_plan(plan).parts("writer")[0].model == "Qwen/Qwen3-8B"
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def test_a_module_takes_the_model_as_an_option(make_plan, make_part):
 
 def test_vllm_on_cores(make_plan, make_part):
     plan = make_plan(make_part("a", (0, 1)), make_part("b", 1, fraction=0.5), cluster="2xCPU")
-    tp, half = vllm_cpu_specs(plan, ports=[1, 2], cores=[4, 6], kv_cache_gib={"b": 3})
+    tp, half = vllm_cpu_specs(plan, ports=[1, 2], cores=[4, 6], kv_cache_gib=[1, 3])
     assert dict(tp.env) == {"VLLM_CPU_OMP_THREADS_BIND": "4|6", "VLLM_CPU_KVCACHE_SPACE": "1"}
     assert dict(half.env) == {"VLLM_CPU_OMP_THREADS_BIND": "6", "VLLM_CPU_KVCACHE_SPACE": "3"}
     assert "--enforce-eager" in tp.argv
@@ -83,7 +83,7 @@ def test_nodes_of_cores_lie_one_after_another(make_plan, make_part):
 
 def test_emulators(make_plan, make_part):
     plan = make_plan(make_part("a", 0, 1, fraction=0.5), cluster="2xH100")
-    specs = emulator_specs(plan, ports=[7, 8], profile_files={"a": "a.yaml"}, seed=5)
+    specs = emulator_specs(plan, ports=[7, 8], profile_files=["a.yaml"], seed=5)
     assert options(specs[1].argv) == {
         "--profile": "a.yaml",
         "--llm": "a",

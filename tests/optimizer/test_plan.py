@@ -17,11 +17,11 @@ from scepsy_optimizer.workload import aggregate
 
 
 def whole(size, replicas=1):
-    return Choice(tensor_parallel_size=size, fraction=Fraction(1), replicas=replicas)
+    return (Choice(tensor_parallel_size=size, fraction=Fraction(1), replicas=replicas),)
 
 
 def part(tenths, replicas=1):
-    return Choice(tensor_parallel_size=1, fraction=Fraction(tenths, 10), replicas=replicas)
+    return (Choice(tensor_parallel_size=1, fraction=Fraction(tenths, 10), replicas=replicas),)
 
 
 def bare_plan(cluster, choices, slots):
@@ -35,13 +35,14 @@ def bare_plan(cluster, choices, slots):
                 tensor_parallel_size=choice.tensor_parallel_size,
                 fraction=float(choice.fraction),
                 replicas=choice.replicas,
-                slots=slots[llm],
+                slots=placed,
                 max_num_seqs=1,
                 max_num_batched_tokens=1,
                 max_model_len=1,
                 gpu_memory_utilization=0.9,
             )
-            for llm, choice in choices.items()
+            for llm, groups in choices.items()
+            for choice, placed in zip(groups, slots[llm], strict=True)
         ),
     )
 
@@ -51,10 +52,10 @@ def test_groups_first_then_fractions_on_shared_devices():
     choices = {"a": whole(4), "b": whole(2), "c": part(5, 2), "d": part(2, 3)}
     slots = place(choices, cluster)
     assert slots is not None
-    assert slots["a"] == (Slot(node="node0", devices=(0, 1, 2, 3)),)
-    assert slots["b"] == (Slot(node="node1", devices=(0, 1)),)
-    assert {slot.devices for slot in slots["c"]} == {(2,)}
-    assert {slot.devices for slot in slots["d"]} == {(3,)}
+    assert slots["a"][0] == (Slot(node="node0", devices=(0, 1, 2, 3)),)
+    assert slots["b"][0] == (Slot(node="node1", devices=(0, 1)),)
+    assert {slot.devices for slot in slots["c"][0]} == {(2,)}
+    assert {slot.devices for slot in slots["d"][0]} == {(3,)}
     assert check_placement(bare_plan(cluster, choices, slots)) == []
 
 
@@ -72,7 +73,7 @@ def test_offered_sizes_pack_without_loss(pieces, nodes):
     cluster = parse_cluster(f"{nodes}x4xH100")
     choices = {str(index): choice for index, choice in enumerate(pieces)}
     slots = place(choices, cluster)
-    fits = sum(choice.units for choice in pieces) <= cluster.devices * 10
+    fits = sum(choice.units for (choice,) in pieces) <= cluster.devices * 10
     assert (slots is not None) == fits
     if slots is not None:
         assert check_placement(bare_plan(cluster, choices, slots)) == []
@@ -84,9 +85,9 @@ def test_check_placement_tells_every_fault():
     )
     choices = {"a": whole(2), "b": part(5, 3), "c": whole(1, 2)}
     slots = {
-        "a": (Slot(node="n", devices=(1, 2)),),
-        "b": tuple(Slot(node="n", devices=(3,)) for _ in range(3)),
-        "c": (Slot(node="x", devices=(0,)), Slot(node="n", devices=(9,))),
+        "a": ((Slot(node="n", devices=(1, 2)),),),
+        "b": (tuple(Slot(node="n", devices=(3,)) for _ in range(3)),),
+        "c": ((Slot(node="x", devices=(0,)), Slot(node="n", devices=(9,))),),
     }
     wrong = check_placement(bare_plan(cluster, choices, slots))
     assert len(wrong) == 4
@@ -157,7 +158,7 @@ def test_a_hand_made_plan_needs_no_workload(profiles):
     plan = hand_made_plan({"a": whole(2), "b": part(5, 2)}, profiles, parse_cluster("4xH100"))
     assert check_placement(plan) == []
     assert plan.prediction is None
-    assert plan.part("b").max_model_len <= plan.part("a").max_model_len == 32768
+    assert plan.parts("b")[0].max_model_len <= plan.parts("a")[0].max_model_len == 32768
     with pytest.raises(ScepsyError, match="does not fit on 1 devices"):
         hand_made_plan({"a": whole(2)}, profiles, parse_cluster("1xH100"))
 
@@ -203,11 +204,11 @@ def test_wrong_inputs_are_told(workload, profiles):
 
 def test_a_plan_checks_itself(workload, profiles):
     plan = optimize(workload, profiles, parse_cluster("4xH100"), rate_rps=1)
-    with pytest.raises(ScepsyError, match="each LLM may appear once"):
+    with pytest.raises(ScepsyError, match="two groups of equal replicas"):
         replace(plan, llms=(plan.llms[0], plan.llms[0]))
     with pytest.raises(ScepsyError, match="slots"):
         replace(plan, llms=(replace(plan.llms[0], replicas=9),))
     with pytest.raises(ScepsyError, match="fraction 2"):
         replace(plan, llms=(replace(plan.llms[0], fraction=2.0),))
     with pytest.raises(ScepsyError, match="no LLM 'z'"):
-        plan.part("z")
+        plan.parts("z")

@@ -68,9 +68,7 @@ def test_the_fewest_devices_are_a_limit(workload, profiles):
     assert plan.prediction is not None
     assert plan.prediction.latency_s <= limit_s
     assert used(plan) < used(whole)
-    fewer = find_allocation(
-        workload, profiles, rate_rps=2.0, units=round(used(plan) * 10) - 1, max_tensor_parallel_size=4
-    )
+    fewer = find_allocation(workload, profiles, CLUSTER, rate_rps=2.0, max_units=round(used(plan) * 10) - 1)
     assert fewer is None or fewer.latency_s > limit_s
     with pytest.raises(ScepsyError, match="is out of reach on 4 H100: the least is"):
         optimize_devices(workload, profiles, CLUSTER, rate_rps=2.0, latency_s=limit_s / 10)

@@ -22,7 +22,7 @@ CLUSTER = parse_cluster("4xH100")
 
 
 def choice(replicas, fraction=1, size=1):
-    return Choice(tensor_parallel_size=size, fraction=Fraction(fraction), replicas=replicas)
+    return (Choice(tensor_parallel_size=size, fraction=Fraction(fraction), replicas=replicas),)
 
 
 @pytest.fixture(scope="module")

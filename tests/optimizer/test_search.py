@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scepsy_optimizer.allocation import even_split, list_options
+from scepsy_optimizer.cluster import parse_cluster
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.pipeline import build_pipeline, paper_latency_s
 from scepsy_optimizer.replica import CallSpeed
@@ -34,17 +35,17 @@ def profiles(make_profile):
     }
 
 
-def exhaustive(workload, profiles, rate, units, size):
+def exhaustive(workload, profiles, rate, cluster, units):
     """The best true mean makespan over every combination of options."""
     offers = [
         (
             demand.llm,
             list_options(
                 demand,
-                profiles[demand.llm],
+                [profiles[demand.llm]],
+                cluster,
                 calls_rps=rate * demand.visits,
                 max_units=units,
-                max_tensor_parallel_size=size,
             ),
         )
         for demand in workload.demands
@@ -52,35 +53,36 @@ def exhaustive(workload, profiles, rate, units, size):
     offers = [[(llm, table.option(row)) for row in range(len(table))] for llm, table in offers]
     best = float("inf")
     for chosen in itertools.product(*offers):
-        if sum(offer.choice.units for _, offer in chosen) <= units:
+        if sum(offer.units for _, offer in chosen) <= units:
             best = min(best, build_pipeline(workload, {llm: offer.speed for llm, offer in chosen}).built_latency_s)
     return best
 
 
 @pytest.mark.parametrize(("rate", "units"), [(0.5, 20), (2.0, 30), (6.0, 30)])
 def test_the_search_is_within_its_certificate_of_the_true_optimum(workload, profiles, rate, units):
-    found = find_allocation(workload, profiles, rate_rps=rate, units=units, max_tensor_parallel_size=2)
-    best = exhaustive(workload, profiles, rate, units, 2)
+    cluster = parse_cluster("2x2xH100")
+    found = find_allocation(workload, profiles, cluster, rate_rps=rate, max_units=units)
+    best = exhaustive(workload, profiles, rate, cluster, units)
     assert found is not None
     assert found.lower_bound_s <= best + 1e-9 <= found.latency_s + 2e-9
     assert found.latency_s <= best * 1.02
 
 
 def test_highest_rate_is_just_feasible(workload, profiles):
-    rate, bottleneck = highest_rate(workload, profiles, units=40, max_tensor_parallel_size=4)
-    limits = {"units": 40, "max_tensor_parallel_size": 4}
-    assert find_allocation(workload, profiles, rate_rps=rate * 0.99999, **limits) is not None
-    assert find_allocation(workload, profiles, rate_rps=rate * 1.0001, **limits) is None
+    cluster = parse_cluster("4xH100")
+    rate, bottleneck = highest_rate(workload, profiles, cluster)
+    assert find_allocation(workload, profiles, cluster, rate_rps=rate * 0.99999) is not None
+    assert find_allocation(workload, profiles, cluster, rate_rps=rate * 1.0001) is None
     assert bottleneck in profiles
 
 
 @settings(max_examples=25, deadline=None)
 @given(rate=st.floats(0.1, 20), devices=st.integers(1, 8))
 def test_no_allocation_breaks_its_limits(workload, profiles, rate, devices):
-    found = find_allocation(workload, profiles, rate_rps=rate, units=devices * 10, max_tensor_parallel_size=4)
+    found = find_allocation(workload, profiles, parse_cluster(f"{devices}xH100"), rate_rps=rate)
     if found is None:
         return
-    assert sum(picked.choice.units for picked in found.options.values()) <= devices * 10
+    assert sum(picked.units for picked in found.options.values()) <= devices * 10
     assert found.lower_bound_s <= found.latency_s
     for llm, picked in found.options.items():
         assert picked.utilisation <= 0.85 + 1e-9
@@ -110,20 +112,18 @@ def test_the_papers_formula_on_a_sequence_is_the_sum_of_calls(make_execution):
 def test_bad_questions(workload, profiles):
     for rate in (0, -1, float("nan"), float("inf")):
         with pytest.raises(ScepsyError, match="must be a positive number"):
-            find_allocation(workload, profiles, rate_rps=rate, units=40, max_tensor_parallel_size=4)
+            find_allocation(workload, profiles, parse_cluster("4xH100"), rate_rps=rate)
     with pytest.raises(ScepsyError, match="no profile for c"):
-        find_allocation(
-            workload, {"a": profiles["a"], "b": profiles["b"]}, rate_rps=1, units=9, max_tensor_parallel_size=1
-        )
+        find_allocation(workload, {"a": profiles["a"], "b": profiles["b"]}, parse_cluster("1xH100"), rate_rps=1)
     with pytest.raises(ScepsyError, match="do not fit into 0.2 devices"):
-        highest_rate(workload, profiles, units=2, max_tensor_parallel_size=1)
+        highest_rate(workload, profiles, parse_cluster("1xH100"), max_units=2)
 
 
 def test_even_split_gives_equal_parts(profiles, make_profile):
     split = even_split(["a", "b", "c"], profiles, devices=8, max_tensor_parallel_size=8)
-    assert {llm: choice.units for llm, choice in split.items()} == {"a": 30, "b": 30, "c": 20}
+    assert {llm: choice.units for llm, (choice,) in split.items()} == {"a": 30, "b": 30, "c": 20}
     big = {"a": make_profile("a", weights_gib=130.0)}
-    assert even_split(["a"], big, devices=4, max_tensor_parallel_size=4)["a"].tensor_parallel_size == 2
+    assert even_split(["a"], big, devices=4, max_tensor_parallel_size=4)["a"][0].tensor_parallel_size == 2
     with pytest.raises(ScepsyError, match="needs a device for each of 3 LLMs"):
         even_split(["a", "b", "c"], profiles, devices=2, max_tensor_parallel_size=2)
     with pytest.raises(ScepsyError, match="does not fit into its even part"):

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     plan = load_plan(args.plan)
     profiles = None
     if args.engine == "emulator":
-        llms = [part.llm for part in plan.llms]
+        llms = list(dict.fromkeys(part.llm for part in plan.llms))
         models = parse_models(args.model)
         profiles = resolve_profiles(llms, plan.cluster.device_type, profiles=args.profiles, models=models)
     deployment = deploy(

@@ -54,7 +54,7 @@ class Controller:
         logs.mkdir(exist_ok=True)
         self._turns = _Turns(order)
         backends = {
-            spec.id: Backend(id=spec.id, llm=spec.llm, url=spec.url, weight=spec.fraction) for spec in order.specs
+            spec.id: Backend(id=spec.id, llm=spec.llm, url=spec.url, weight=spec.weight) for spec in order.specs
         }
         llms = list(dict.fromkeys(spec.llm for spec in order.specs))
         pools = {llm: Pool([backend for backend in backends.values() if backend.llm == llm]) for llm in llms}

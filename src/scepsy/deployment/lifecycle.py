@@ -12,7 +12,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +27,7 @@ from scepsy.deployment.specs import ENGINES, Engine
 from scepsy.files import save_plan
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.plan import Plan
-from scepsy_optimizer.profile import LLMProfile
+from scepsy_optimizer.profile import Profiles
 
 _START_TIMEOUT_S: Final = {"vllm": 1800.0, "vllm-cpu": 600.0, "emulator": 60.0}
 _GRACE_S: Final = 15.0
@@ -124,7 +124,7 @@ def deploy(
     plan: Plan,
     *,
     engine: Engine = "vllm",
-    profiles: Mapping[str, LLMProfile] | None = None,
+    profiles: Profiles | None = None,
     host: str = "127.0.0.1",
     port: int = 0,
     name: str = "default",
@@ -180,7 +180,7 @@ def deploy(
             record=str(Path(record).resolve()) if record is not None else None,
         )
         state.write_order(directory, order)
-        told(f"starting {len(specs)} replicas of {len(plan.llms)} LLMs ({engine})")
+        told(f"starting {len(specs)} replicas of {len({spec.llm for spec in specs})} LLMs ({engine})")
         return _launch(order, directory, lock, told, detach=detach)
 
 

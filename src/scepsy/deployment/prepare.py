@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,14 +14,14 @@ from scepsy.files import save_profile
 from scepsy_optimizer.engine import Engine as EngineModel
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.plan import Plan
-from scepsy_optimizer.profile import GIB, LLMProfile
+from scepsy_optimizer.profile import GIB, Profiles, find_profile, profiles_of
 
 
 def prepare(
     plan: Plan,
     engine: Engine,
     *,
-    profiles: Mapping[str, LLMProfile],
+    profiles: Profiles,
     directory: Path,
     command: Sequence[str] | None,
     engine_args: Sequence[str],
@@ -79,25 +79,26 @@ def _check_command(words: tuple[str, ...]) -> None:
         )
 
 
-def _kv_cache_gib(plan: Plan, profiles: Mapping[str, LLMProfile]) -> dict[str, int]:
-    """Whole GiB of KV cache of each rank, for the LLMs that have a profile."""
-    found = {}
+def _kv_cache_gib(plan: Plan, profiles: Profiles) -> list[int]:
+    """Whole GiB of KV cache of each rank, for each group: 1 where the LLM has no profile."""
+    found = []
     for part in plan.llms:
+        size = 0.0
         if part.llm in profiles:
-            profile = profiles[part.llm]
+            profile = find_profile(profiles_of(profiles, part.llm), part.device_type)
             tokens = profile.kv_tokens(part.tensor_parallel_size, part.fraction)
             size = tokens * profile.at(part.tensor_parallel_size).kv_bytes_per_token
-            found[part.llm] = max(1, int(size // GIB))
+        found.append(max(1, int(size // GIB)))
     return found
 
 
-def _profile_files(plan: Plan, profiles: Mapping[str, LLMProfile], directory: Path) -> dict[str, str]:
-    """A file for each LLM, its limits as planned. Raises ScepsyError where a profile is missing or does not fit."""
-    files = {}
+def _profile_files(plan: Plan, profiles: Profiles, directory: Path) -> list[str]:
+    """A file for each group, its limits as planned. Raises ScepsyError where a profile is missing or does not fit."""
+    files = []
     for index, part in enumerate(plan.llms):
-        profile = profiles.get(part.llm)
-        if profile is None:
+        if part.llm not in profiles:
             raise ScepsyError(f"engine 'emulator' needs a profile of each LLM, and there is none of {part.llm!r}")
+        profile = find_profile(profiles_of(profiles, part.llm), part.device_type)
         planned = replace(
             profile,
             max_num_seqs=part.max_num_seqs,
@@ -109,5 +110,5 @@ def _profile_files(plan: Plan, profiles: Mapping[str, LLMProfile], directory: Pa
         EngineModel(planned, tensor_parallel_size=part.tensor_parallel_size, fraction=part.fraction)
         path = directory / "profiles" / f"{index}.yaml"
         save_profile(planned, path)
-        files[part.llm] = str(path)
+        files.append(str(path))
     return files

@@ -22,7 +22,8 @@ DEFAULT_COMMAND: Final = ("vllm", "serve")
 class ReplicaSpec:
     """One replica to start.
 
-    `env` is added to the environment of the deployer. `core_quota`, if set, is the part of its core that each worker
+    `env` is added to the environment of the deployer. `weight` is what it can do beside the LLM's other replicas.
+    `core_quota`, if set, is the part of its core that each worker
     process of the replica may use.
     """
 
@@ -36,6 +37,7 @@ class ReplicaSpec:
     port: int
     argv: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
+    weight: float = 1.0
     core_quota: float | None = None
 
     @property
@@ -75,7 +77,8 @@ def vllm_specs(
     (node,) = plan.cluster.nodes
     uuids = node.uuids or tuple(gpus)
     specs = []
-    for spec_id, part, slot, port in _replicas(plan, ports):
+    for spec_id, group, slot, port in _replicas(plan, ports):
+        part = plan.llms[group]
         named = [uuids[device] if uuids else str(device) for device in slot.devices]
         env = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(named)}
         if part.fraction < 1:
@@ -95,13 +98,14 @@ def vllm_cpu_specs(
     *,
     ports: Sequence[int],
     cores: Sequence[int],
-    kv_cache_gib: Mapping[str, int] | None = None,
+    kv_cache_gib: Sequence[int] | None = None,
     command: Sequence[str] = DEFAULT_COMMAND,
     engine_args: Sequence[str] = (),
 ) -> tuple[ReplicaSpec, ...]:
     """vLLM for CPU: each device of the plan is one core of `cores`, the nodes' devices one after another.
 
-    `kv_cache_gib` is the KV cache of each rank by LLM (default 1). Raises ScepsyError if the cores do not suffice.
+    `kv_cache_gib` is the KV cache of each rank, one entry for each of the plan's groups (default 1). Raises
+    ScepsyError if the cores do not suffice.
     """
     offsets, devices = {}, 0
     for node in plan.cluster.nodes:
@@ -113,11 +117,12 @@ def vllm_cpu_specs(
             f"plan for at most {len(cores)}xCPU"
         )
     specs = []
-    for spec_id, part, slot, port in _replicas(plan, ports):
+    for spec_id, group, slot, port in _replicas(plan, ports):
+        part = plan.llms[group]
         ranks = [cores[offsets[slot.node] + device] for device in slot.devices]
         env = {
             "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(core) for core in ranks),
-            "VLLM_CPU_KVCACHE_SPACE": str((kv_cache_gib or {}).get(part.llm, 1)),
+            "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib[group] if kv_cache_gib else 1),
         }
         argv = (*_vllm_argv(part, port, command), "--enforce-eager", *engine_args)
         quota = part.fraction if part.fraction < 1 else None
@@ -126,17 +131,18 @@ def vllm_cpu_specs(
 
 
 def emulator_specs(
-    plan: Plan, *, ports: Sequence[int], profile_files: Mapping[str, str], seed: int = 0
+    plan: Plan, *, ports: Sequence[int], profile_files: Sequence[str], seed: int = 0
 ) -> tuple[ReplicaSpec, ...]:
-    """Emulators, all nodes of the plan on this machine. `profile_files` has a file for each LLM.
+    """Emulators, all nodes of the plan on this machine. `profile_files` has a file for each of the plan's groups.
 
     All replicas of an LLM have the same seed: which one answers does not change the answer.
     """
     specs = []
-    for spec_id, part, slot, port in _replicas(plan, ports):
+    for spec_id, group, slot, port in _replicas(plan, ports):
+        part = plan.llms[group]
         argv = (
             *(sys.executable, "-m", "scepsy.emulator"),
-            *("--profile", profile_files[part.llm], "--llm", part.llm),
+            *("--profile", profile_files[group], "--llm", part.llm),
             *("--tensor-parallel-size", str(part.tensor_parallel_size), "--fraction", f"{part.fraction:g}"),
             *("--host", LOOPBACK, "--port", str(port), "--seed", str(seed)),
         )
@@ -180,17 +186,21 @@ def _spec(
         port=port,
         argv=argv,
         env=env,
+        weight=part.replica_weight,
         core_quota=core_quota,
     )
 
 
-def _replicas(plan: Plan, ports: Sequence[int]) -> Iterator[tuple[str, LLMPlan, Slot, int]]:
-    """Each replica with an id that names files and headers: the LLM's name in plain characters, and a number."""
+def _replicas(plan: Plan, ports: Sequence[int]) -> Iterator[tuple[str, int, Slot, int]]:
+    """Each replica with an id that names files and headers: the LLM's name in plain characters, and a number.
+
+    Then comes the number of its group in the plan, its slot and its port.
+    """
     taken: dict[str, int] = {}
     left = iter(ports)
-    for part in plan.llms:
+    for group, part in enumerate(plan.llms):
         word = re.sub(r"[^A-Za-z0-9._-]+", "-", part.llm).strip("-.") or "llm"
         for slot in part.slots:
             number = taken.get(word, 0)
             taken[word] = number + 1
-            yield f"{word}-{number}", part, slot, next(left)
+            yield f"{word}-{number}", group, slot, next(left)

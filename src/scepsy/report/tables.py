@@ -63,7 +63,10 @@ def workload_table(workload: Workload, title: str | None = None) -> Table:
 
 
 def plan_table(plan: Plan) -> Table:
-    """One row per LLM: what it gets, where, and what is predicted of it; the caption has the whole's prediction."""
+    """One row per group of equal replicas: what it gets, where, and what is predicted of it.
+
+    The caption has the prediction of the whole.
+    """
     table = plain_table(
         f"plan for {plan.rate_rps:g} executions/s on {plan.cluster.devices} {plan.cluster.device_type}",
         caption=describe_prediction(plan),
@@ -88,10 +91,12 @@ def plan_table(plan: Plan) -> Table:
 
 
 def replica_words(part: LLMPlan) -> str:
-    """What one replica of an LLM gets, such as "2 devices" or "0.2 device"."""
+    """What one replica of a group gets, such as "2 devices", "0.2 device" or "0.2 L40S"."""
     if part.fraction < 1:
-        return f"{part.fraction:g} device"
-    return "1 device" if part.tensor_parallel_size == 1 else f"{part.tensor_parallel_size} devices"
+        return f"{part.fraction:g} {part.device_type or 'device'}"
+    if part.tensor_parallel_size == 1:
+        return f"1 {part.device_type or 'device'}"
+    return f"{part.tensor_parallel_size} {part.device_type or 'devices'}"
 
 
 def describe_prediction(plan: Plan) -> str:
