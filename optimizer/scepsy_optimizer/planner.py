@@ -23,7 +23,7 @@ from scepsy_optimizer.pipeline import build_pipeline, workflow_latencies_s
 from scepsy_optimizer.placement import place
 from scepsy_optimizer.plan import LLMPlan, Plan, Prediction, Slot
 from scepsy_optimizer.profile import LLMProfile, Profiles, find_profile, profiles_of
-from scepsy_optimizer.search import find_allocation, highest_rate
+from scepsy_optimizer.search import budget_units, find_allocation, highest_rate
 from scepsy_optimizer.steady_state import replay_steady_state
 from scepsy_optimizer.workload import Workload
 
@@ -50,9 +50,46 @@ def optimize(
     more of the cluster's device types. Raises ScepsyError where the rate is out of reach, with the highest reachable
     one and its bottleneck, or where an LLM has no profile or does not fit.
     """
+    plans = find_plans(
+        workload,
+        profiles,
+        cluster,
+        rate_rps=rate_rps,
+        max_units=max_units,
+        max_utilisation=max_utilisation,
+        provenance=provenance,
+    )
+    if not plans:
+        rate, bottleneck = highest_rate(
+            workload, profiles, cluster, max_units=max_units, max_utilisation=max_utilisation
+        )
+        devices = budget_units(cluster, max_units) / UNITS_PER_DEVICE
+        raise ScepsyError(
+            f"a rate of {rate_rps:g} executions/s is out of reach on {devices:g} {cluster.device_type}: the highest is "
+            f"{rate:.3g}/s, limited by {bottleneck!r}. Ask for less, add devices, or make {bottleneck!r} smaller"
+        )
+    if replay_seed is None:
+        return plans[0]
+    return least_replayed([with_replay(plan, profiles, workload, replay_seed) for plan in plans])
+
+
+def find_plans(
+    workload: Workload,
+    profiles: Profiles,
+    cluster: Cluster,
+    *,
+    rate_rps: float,
+    max_units: int | None = None,
+    max_utilisation: float = MAX_UTILISATION,
+    provenance: Mapping[str, str] | None = None,
+) -> tuple[Plan, ...]:
+    """The best few plans that the search met and that can be placed, least mean latency first.
+
+    Each is within five per cent of the best, and has the lower bound of the whole budget. Empty where no allocation
+    carries the rate. Raises ScepsyError where an LLM has no profile.
+    """
     check_profiles(workload, profiles, cluster)
-    whole = cluster.devices * UNITS_PER_DEVICE
-    budget = units = whole if max_units is None else min(whole, max_units)
+    units = budget_units(cluster, max_units)
     bound_s: float | None = None
     while units > 0:
         allocation = find_allocation(
@@ -63,8 +100,8 @@ def optimize(
         # The bound of the whole cluster holds, also where a smaller budget is what can be placed in the end.
         bound_s = allocation.lower_bound_s if bound_s is None else bound_s
         near = [one for one in allocation.candidates if one.latency_s <= allocation.latency_s * _WORTH_REPLAYING]
-        plans = [
-            plan
+        plans = tuple(
+            _bounded(plan, bound_s)
             for candidate in near[:_MAX_REPLAYED]
             if (
                 plan := _build(
@@ -77,20 +114,26 @@ def optimize(
                     provenance=provenance,
                 )
             )
-        ]
+        )
         if plans:
-            best = plans[0] if replay_seed is None else _by_replay(plans, profiles, workload, replay_seed)
-            assert best.prediction is not None  # noqa: S101 - every built plan has one
-            gap = max(0.0, 1 - bound_s / best.prediction.latency_s)
-            return replace(best, prediction=replace(best.prediction, lower_bound_s=bound_s, gap=gap))
+            return plans
         # Groups did not fit into the domains side by side: plan for fewer devices and try again.
         units = sum(option.units for option in allocation.options.values()) - 1
-    rate, bottleneck = highest_rate(workload, profiles, cluster, max_units=budget, max_utilisation=max_utilisation)
-    raise ScepsyError(
-        f"a rate of {rate_rps:g} executions/s is out of reach on {budget / UNITS_PER_DEVICE:g} {cluster.device_type}: "
-        f"the highest is {rate:.3g}/s, limited by {bottleneck!r}. Ask for less, add devices, or make {bottleneck!r} "
-        "smaller"
-    )
+    return ()
+
+
+def with_replay(plan: Plan, profiles: Profiles, workload: Workload, seed: int) -> Plan:
+    """The plan with what a replay of it gives; the plan itself where that takes too long."""
+    replayed = replay_steady_state(plan, profiles, workload, rng=np.random.default_rng(seed))
+    if replayed is None or plan.prediction is None:
+        return plan
+    return replace(plan, prediction=replace(plan.prediction, replayed=replayed))
+
+
+def least_replayed(plans: Sequence[Plan]) -> Plan:
+    """The plan of least replayed mean latency; the first where one of them has not been replayed."""
+    means_s = [plan.prediction.replayed.mean_s for plan in plans if plan.prediction and plan.prediction.replayed]
+    return plans[means_s.index(min(means_s))] if len(means_s) == len(plans) else plans[0]
 
 
 def predict(
@@ -180,15 +223,10 @@ def plan_choices(plan: Plan) -> dict[str, Groups]:
     }
 
 
-def _by_replay(plans: list[Plan], profiles: Profiles, workload: Workload, seed: int) -> Plan:
-    """The plan of least replayed mean latency, with what the replay gave; the first where replays take too long."""
-    found = []
-    for plan in plans:
-        replayed = replay_steady_state(plan, profiles, workload, rng=np.random.default_rng(seed))
-        if replayed is None or plan.prediction is None:
-            return plans[0]
-        found.append((replayed.mean_s, replace(plan, prediction=replace(plan.prediction, replayed=replayed))))
-    return min(found, key=lambda pair: pair[0])[1]
+def _bounded(plan: Plan, bound_s: float) -> Plan:
+    assert plan.prediction is not None  # noqa: S101 - every built plan has one
+    gap = max(0.0, 1 - bound_s / plan.prediction.latency_s)
+    return replace(plan, prediction=replace(plan.prediction, lower_bound_s=bound_s, gap=gap))
 
 
 def _build(

@@ -85,7 +85,7 @@ def find_allocation(
     )
     if tables is None:
         return None
-    units = _whole_units(cluster, max_units)
+    units = budget_units(cluster, max_units)
     pipelines = [build_pipeline(workload)]
     pipeline = pipelines[0]
     bound_s = 0.0
@@ -135,7 +135,7 @@ def list_tables(
         )(rate_rps * demand.visits)
         for demand in workload.demands
     }
-    spare = _whole_units(cluster, max_units) - sum(needs.values())
+    spare = budget_units(cluster, max_units) - sum(needs.values())
     if spare < 0:
         return None
     return {
@@ -216,7 +216,7 @@ def highest_rate(
     the LLMs do not even fit at the lowest rate.
     """
     _check(workload, profiles, 1.0)
-    units = _whole_units(cluster, max_units)
+    units = budget_units(cluster, max_units)
     needs = {
         demand.llm: _unit_need(
             profiles_of(profiles, demand.llm)[0], CallShape.of(demand), cluster, max_utilisation=max_utilisation
@@ -275,7 +275,8 @@ def _unit_need(
     return need
 
 
-def _whole_units(cluster: Cluster, max_units: int | None) -> int:
+def budget_units(cluster: Cluster, max_units: int | None) -> int:
+    """Tenths of a device that may be given out: the whole cluster, or `max_units` of it."""
     whole = cluster.devices * UNITS_PER_DEVICE
     return whole if max_units is None else min(whole, max_units)
 
