@@ -171,8 +171,8 @@ SWITCH_DISTANCE = 16
 NETWORK_DISTANCE = 32
 
 Place = tuple[str, ...] | tuple[str, str, int]
-"""A vertex of the topology: ("network",), ("switch", NAME), ("node", NAME), or a socket, an NVLink domain or a device of
-a node, such as ("device", NODE, 3)."""
+"""A vertex of the topology: ("network",), ("switch", NAME), ("node", NAME), or a socket, an NVLink domain or a device
+of a node, such as ("device", NODE, 3)."""
 
 
 def topology(cluster: Cluster) -> nx.Graph[Place]:
