@@ -24,7 +24,7 @@ def main():
     parser.add_argument("--port", type=int)
     args, _ = parser.parse_known_args()
     if "STUB_SEEN" in os.environ:
-        seen = {"argv": sys.argv[1:], "env": dict(os.environ)}
+        seen = {"argv": sys.argv[1:], "env": dict(os.environ), "cores": sorted(os.sched_getaffinity(0))}
         (Path(os.environ["STUB_SEEN"]) / f"{args.port}.json").write_text(json.dumps(seen))
     print("loading the model", flush=True)
     if "stubborn" in behaviour:

@@ -104,7 +104,7 @@ def test_engines_get_what_the_plan_says(stub, home):
     seen = stub.seen()
     assert sorted(one["argv"][one["argv"].index("--served-model-name") + 1] for one in seen) == ["a", "b"]
     cores = sorted(os.sched_getaffinity(0))
-    assert sorted(one["env"]["VLLM_CPU_OMP_THREADS_BIND"] for one in seen) == [str(core) for core in cores[:2]]
+    assert sorted(one["cores"] for one in seen) == [[core] for core in cores[:2]]
     assert all(one["argv"][-2:] == ["--dtype", "half"] for one in seen)
     folders = {one["env"]["TMPDIR"] for one in seen}
     assert len(folders) == 2

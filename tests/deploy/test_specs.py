@@ -66,7 +66,14 @@ def test_vllm_on_cores(make_plan, make_part):
     plan = make_plan(make_part("a", (0, 1)), make_part("b", 1, fraction=0.5), cluster="2xCPU")
     tp, half = vllm_cpu_specs(plan, ports=[1, 2], cores=[4, 6], kv_cache_gib=[1, 3])
     assert dict(tp.env) == {"VLLM_CPU_OMP_THREADS_BIND": "4|6", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    assert dict(half.env) == {"VLLM_CPU_OMP_THREADS_BIND": "6", "VLLM_CPU_KVCACHE_SPACE": "3"}
+    assert dict(half.env) == {
+        "VLLM_CPU_KVCACHE_SPACE": "3",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "OMP_NUM_THREADS": "1",
+    }
+    assert half.argv[:4] == ("taskset", "--cpu-list", "6", "vllm")
+    assert options(half.argv)["--distributed-executor-backend"] == "uni"
+    assert "taskset" not in tp.argv
     assert "--enforce-eager" in tp.argv
     assert options(tp.argv)["--tensor-parallel-size"] == "2"
     assert "--gpu-memory-utilization" not in tp.argv
@@ -76,7 +83,7 @@ def test_vllm_on_cores(make_plan, make_part):
 def test_nodes_of_cores_lie_one_after_another(make_plan, make_part):
     plan = make_plan(make_part("a", 1, node="node1"), cluster="2x2xCPU")
     (spec,) = vllm_cpu_specs(plan, ports=[1], cores=[0, 1, 2, 3])
-    assert spec.env["VLLM_CPU_OMP_THREADS_BIND"] == "3"
+    assert spec.argv[2] == "3"
     with pytest.raises(ScepsyError, match="4 CPU devices but this process may use 3 cores"):
         vllm_cpu_specs(plan, ports=[1], cores=[0, 1, 2])
 

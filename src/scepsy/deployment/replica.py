@@ -201,7 +201,10 @@ class Replica:
         return bool(owners) and owners <= probe.tree(process.pid)
 
     def _limit_workers(self, process: Shimmed, part: float) -> None:
-        workers = [pid for pid in probe.tree(process.pid) if probe.title(pid).startswith("VLLM::Worker")]
+        titles = {pid: probe.title(pid) for pid in probe.tree(process.pid)}
+        # An engine on one core has no worker apart: it computes itself.
+        kind = "VLLM::Worker" if self.spec.tensor_parallel_size > 1 else "VLLM::EngineCore"
+        workers = [pid for pid, title in titles.items() if title.startswith(kind)]
         if not workers:
             raise StartError(f"{self.spec.id}: no worker process to limit to {part:g} of its core was found")
         for number, pid in enumerate(workers):

@@ -119,12 +119,17 @@ def vllm_cpu_specs(
     specs = []
     for spec_id, group, slot, port in _replicas(plan, ports):
         part = plan.llms[group]
-        ranks = [cores[offsets[slot.node] + device] for device in slot.devices]
-        env = {
-            "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(core) for core in ranks),
-            "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib[group] if kv_cache_gib else 1),
-        }
-        argv = (*_vllm_argv(part, port, command), "--enforce-eager", *engine_args)
+        ranks = [str(cores[offsets[slot.node] + device]) for device in slot.devices]
+        env = {"VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib[group] if kv_cache_gib else 1)}
+        argv = (*_vllm_argv(part, port, command), "--enforce-eager")
+        if len(ranks) == 1:
+            # One process does it all and nothing else of the replica leaves the core. Between an engine and a worker
+            # apart both wait by spinning, which takes half a core of whoever has the next one.
+            env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
+            argv = ("taskset", "--cpu-list", ranks[0], *argv, "--distributed-executor-backend", "uni")
+        else:
+            env["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(ranks)
+        argv = (*argv, *engine_args)
         quota = part.fraction if part.fraction < 1 else None
         specs.append(_spec(spec_id, part, slot, port, argv, env, quota))
     return tuple(specs)
