@@ -214,10 +214,22 @@ def evaluate_groups(
 
     Raises ScepsyError where the LLM does not fit into a group's memory at all.
     """
+    return table_of(demand, profiles, groups, calls_rps=calls_rps, max_utilisation=max_utilisation).option(0)
+
+
+def table_of(
+    demand: LLMDemand,
+    profiles: Sequence[LLMProfile],
+    groups: Sequence[Choice],
+    *,
+    calls_rps: float,
+    max_utilisation: float = MAX_UTILISATION,
+) -> OptionTable:
+    """`evaluate_groups` as a table of one row, for an LLM that has no other option."""
     shape = CallShape.of(demand)
     kinds, capacities = _kinds_of(demand, profiles, groups, shape)
     counts = np.array([[group.replicas for group in groups]])
-    return _evaluate(profiles, kinds, capacities, shape, calls_rps, counts, max_utilisation).option(0)
+    return _evaluate(profiles, kinds, capacities, shape, calls_rps, counts, max_utilisation)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

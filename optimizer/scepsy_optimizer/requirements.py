@@ -144,7 +144,7 @@ def allowed_types(required: LLMRequirements, cluster: Cluster) -> tuple[str, ...
     return tuple(name for name in types if not required.only_device_types or name in required.only_device_types)
 
 
-def max_units(required: LLMRequirements, cluster: Cluster) -> int:
+def max_units_of(required: LLMRequirements, cluster: Cluster) -> int:
     """The most tenths of a device that an LLM may get: of its `max_devices`, its `max_nodes` and its device types."""
     types = allowed_types(required, cluster)
     allowed = [node.devices for node in cluster.nodes if node.device_type in types]
@@ -162,23 +162,21 @@ def admitted_rows(required: LLMRequirements, cluster: Cluster, *, replicas: Ints
     Fixed groups are not judged: their fraction may not be one that is offered, so such an LLM gets a table of just
     their row, from what they give at the rate.
     """
-    found: Bools = (replicas >= required.min_replicas) & (units <= max_units(required, cluster))
+    found: Bools = (replicas >= required.min_replicas) & (units <= max_units_of(required, cluster))
     return found
 
 
 def kept(plan: Plan, llm: str) -> LLMRequirements:
     """The requirement that an LLM stays as it is in a plan. Raises ScepsyError where the plan lacks it."""
-    groups = [part for part in plan.llms if part.llm == llm]
-    if not groups:
-        raise ScepsyError(f"cannot keep {llm!r}: the plan has {', '.join(sorted({part.llm for part in plan.llms}))}")
     return LLMRequirements(
         fixed=tuple(
             Choice(
                 tensor_parallel_size=part.tensor_parallel_size,
-                fraction=Fraction(part.fraction).limit_denominator(UNITS_PER_DEVICE),
+                fraction=Fraction(part.fraction).limit_denominator(1000),
                 replicas=part.replicas,
+                device_type=part.device_type,
             )
-            for part in groups
+            for part in plan.parts(llm)
         )
     )
 
@@ -224,5 +222,5 @@ def _broken_limits(plan: Plan, requirements: Requirements) -> list[str]:
     ]
 
 
-def _order(choice: Choice) -> tuple[int, Fraction, int]:
-    return choice.tensor_parallel_size, choice.fraction, choice.replicas
+def _order(choice: Choice) -> tuple[int, Fraction, int, str]:
+    return choice.tensor_parallel_size, choice.fraction, choice.replicas, choice.device_type

@@ -22,8 +22,10 @@ from scepsy_optimizer.allocation import (
     Groups,
     Option,
     OptionTable,
+    evaluate_groups,
     list_options,
     replica_kinds,
+    table_of,
 )
 from scepsy_optimizer.cluster import Cluster
 from scepsy_optimizer.errors import ScepsyError
@@ -31,7 +33,15 @@ from scepsy_optimizer.knapsack import solve
 from scepsy_optimizer.pipeline import Pipeline, Stage, build_pipeline
 from scepsy_optimizer.profile import LLMProfile, Profiles, profiles_of
 from scepsy_optimizer.replica import CallShape, CallSpeed, saturation_rps
-from scepsy_optimizer.workload import Workload
+from scepsy_optimizer.requirements import (
+    NO_REQUIREMENTS,
+    LLMRequirements,
+    Requirements,
+    admitted_rows,
+    allowed_types,
+    max_units_of,
+)
+from scepsy_optimizer.workload import LLMDemand, Workload
 
 _MAX_CUTS = 40
 _MAX_IDLE = 5
@@ -73,15 +83,23 @@ def find_allocation(
     rate_rps: float,
     max_units: int | None = None,
     max_utilisation: float = MAX_UTILISATION,
+    requirements: Requirements = NO_REQUIREMENTS,
 ) -> Allocation | None:
     """The allocation of least mean latency at `rate_rps` executions per second on the cluster.
 
     With `max_units` it takes at most that many tenths of a device, of all device types together. Returns None where
-    no allocation carries the rate. Raises ScepsyError for a rate that is not positive or an LLM without a profile.
+    no allocation carries the rate within the requirements. Raises ScepsyError for a rate that is not positive or an
+    LLM without a profile.
     """
     _check(workload, profiles, rate_rps)
     tables = list_tables(
-        workload, profiles, cluster, rate_rps=rate_rps, max_units=max_units, max_utilisation=max_utilisation
+        workload,
+        profiles,
+        cluster,
+        rate_rps=rate_rps,
+        max_units=max_units,
+        max_utilisation=max_utilisation,
+        requirements=requirements,
     )
     if tables is None:
         return None
@@ -127,28 +145,37 @@ def list_tables(
     rate_rps: float,
     max_units: int | None = None,
     max_utilisation: float = MAX_UTILISATION,
+    requirements: Requirements = NO_REQUIREMENTS,
 ) -> dict[str, OptionTable] | None:
-    """The options of each LLM at a rate, none larger than what the others leave; None where they do not all fit."""
-    needs = {
-        demand.llm: _unit_need(
-            profiles_of(profiles, demand.llm)[0], CallShape.of(demand), cluster, max_utilisation=max_utilisation
-        )(rate_rps * demand.visits)
-        for demand in workload.demands
-    }
-    spare = budget_units(cluster, max_units) - sum(needs.values())
+    """The options of each LLM at a rate that its requirements admit, none larger than what the others leave.
+
+    None where they do not all fit.
+    """
+    needs = _unit_needs(workload, profiles, cluster, max_utilisation, requirements)
+    fewest = {demand.llm: needs[demand.llm](rate_rps * demand.visits) for demand in workload.demands}
+    spare = budget_units(cluster, max_units) - sum(fewest.values())
     if spare < 0:
         return None
-    return {
-        demand.llm: list_options(
+    tables = {}
+    for demand in workload.demands:
+        required = requirements.of_llm(demand.llm)
+        offered = _offered_profiles(profiles, demand.llm, cluster, required)
+        calls_rps = rate_rps * demand.visits
+        if required.fixed:
+            tables[demand.llm] = table_of(
+                demand, offered, required.fixed, calls_rps=calls_rps, max_utilisation=max_utilisation
+            )
+            continue
+        table = list_options(
             demand,
-            profiles_of(profiles, demand.llm),
+            offered,
             cluster,
-            calls_rps=rate_rps * demand.visits,
-            max_units=int(needs[demand.llm] + spare),
+            calls_rps=calls_rps,
+            max_units=int(fewest[demand.llm] + spare),
             max_utilisation=max_utilisation,
         )
-        for demand in workload.demands
-    }
+        tables[demand.llm] = table.select(admitted_rows(required, cluster, replicas=table.replicas, units=table.units))
+    return tables
 
 
 def _maximin(values: Floats) -> Floats:
@@ -209,6 +236,7 @@ def highest_rate(
     *,
     max_units: int | None = None,
     max_utilisation: float = MAX_UTILISATION,
+    requirements: Requirements = NO_REQUIREMENTS,
 ) -> tuple[float, str]:
     """The highest rate of executions that some allocation carries, and the LLM that is the bottleneck there.
 
@@ -217,12 +245,7 @@ def highest_rate(
     """
     _check(workload, profiles, 1.0)
     units = budget_units(cluster, max_units)
-    needs = {
-        demand.llm: _unit_need(
-            profiles_of(profiles, demand.llm)[0], CallShape.of(demand), cluster, max_utilisation=max_utilisation
-        )
-        for demand in workload.demands
-    }
+    needs = _unit_needs(workload, profiles, cluster, max_utilisation, requirements)
     visits = {demand.llm: demand.visits for demand in workload.demands}
 
     def need(rate_rps: float) -> float:
@@ -257,22 +280,57 @@ def highest_rate(
     return low, max(steps, key=lambda llm: steps[llm])
 
 
+def _unit_needs(
+    workload: Workload, profiles: Profiles, cluster: Cluster, max_utilisation: float, requirements: Requirements
+) -> dict[str, Callable[[float], float]]:
+    """`_unit_need` of each LLM."""
+    return {
+        demand.llm: _unit_need(demand, profiles, cluster, max_utilisation, requirements.of_llm(demand.llm))
+        for demand in workload.demands
+    }
+
+
 def _unit_need(
-    profile: LLMProfile, shape: CallShape, cluster: Cluster, *, max_utilisation: float
+    demand: LLMDemand, profiles: Profiles, cluster: Cluster, max_utilisation: float, required: LLMRequirements
 ) -> Callable[[float], float]:
-    """The fewest units that carry a rate of calls, as a function of that rate; infinite where the LLM never fits."""
+    """The fewest units that carry a rate of calls, as a function of that rate; infinite where nothing does."""
+    shape = CallShape.of(demand)
+    offered = _offered_profiles(profiles, demand.llm, cluster, required)
+    if required.fixed:
+        option = evaluate_groups(demand, offered, required.fixed, calls_rps=0.0, max_utilisation=max_utilisation)
+        return lambda calls_rps: option.units if calls_rps <= option.max_rps * (1 + 1e-9) else float("inf")
     kinds = []
+    profile = offered[0]
     for kind in replica_kinds(profile, max_tensor_parallel_size=cluster.largest_domain):
         capacity = saturation_rps(profile, kind.tensor_parallel_size, float(kind.fraction), shape) * max_utilisation
         if capacity > 0:
             kinds.append((capacity, kind.units))
+    most = max_units_of(required, cluster)
 
     def need(calls_rps: float) -> float:
-        if not kinds:
-            return float("inf")
-        return min(float(units * max(1, np.ceil(calls_rps / capacity - 1e-9))) for capacity, units in kinds)
+        fewest = min(
+            (
+                float(units * max(required.min_replicas, np.ceil(calls_rps / capacity - 1e-9)))
+                for capacity, units in kinds
+            ),
+            default=float("inf"),
+        )
+        return fewest if fewest <= most else float("inf")
 
     return need
+
+
+def _offered_profiles(
+    profiles: Profiles, llm: str, cluster: Cluster, required: LLMRequirements
+) -> tuple[LLMProfile, ...]:
+    """The profiles of an LLM for the device types that it may use."""
+    types = allowed_types(required, cluster)
+    offered = tuple(profile for profile in profiles_of(profiles, llm) if profile.device_type in types)
+    if not offered:
+        raise ScepsyError(
+            f"requirements: {llm!r} may use {', '.join(types) or 'no type'} only, and has no profile for it"
+        )
+    return offered
 
 
 def budget_units(cluster: Cluster, max_units: int | None) -> int:
