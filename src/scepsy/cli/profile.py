@@ -10,7 +10,7 @@ from rich.console import Console
 
 from scepsy.cli.options import parse_command
 from scepsy.files import save_profile
-from scepsy.profiling import EngineChoice, EngineFlags, estimate, measure, profile_model, traced_lengths
+from scepsy.profiling import EngineChoice, EngineFlags, Limits, estimate, measure, profile_model, traced_lengths
 from scepsy.profiling.arrivals import Lengths
 from scepsy.traces import read_executions
 from scepsy_optimizer.errors import ScepsyError
@@ -32,8 +32,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--traces", nargs="+", metavar="PATH", help="also send Poisson loads of this LLM's traced lengths"
     )
+    parser.add_argument(
+        "--requests",
+        type=int,
+        default=100,
+        metavar="N",
+        help="of each Poisson load, of which there are 9 (default: 100)",
+    )
     parser.add_argument("--engine", choices=("vllm", "vllm-cpu"), default="vllm", help="default: vllm")
     parser.add_argument("--command", dest="engine_command", metavar="WORDS", help="how to start one engine")
+    parser.add_argument("--max-num-seqs", type=int, default=256, metavar="N", help="vLLM's (default: 256)")
+    parser.add_argument("--max-num-batched-tokens", type=int, default=8192, metavar="N", help="vLLM's (default: 8192)")
+    parser.add_argument("--max-model-len", type=int, default=32768, metavar="N", help="vLLM's (default: 32768)")
     parser.add_argument("-o", "--output", metavar="FILE", help="default: NAME_TYPE.yaml")
 
 
@@ -69,8 +79,13 @@ def _profile(args: argparse.Namespace, llm: str, target: Path, console: Console)
             llm,
             device_type=device_type,
             model=args.model,
-            flags=EngineFlags(tensor_parallel_size=sizes[0]),
+            flags=EngineFlags(
+                tensor_parallel_size=sizes[0],
+                max_num_seqs=args.max_num_seqs,
+                max_num_batched_tokens=args.max_num_batched_tokens,
+            ),
             lengths=lengths,
+            requests_per_load=args.requests,
             journal=journal,
             on_point=tell,
         )
@@ -82,6 +97,12 @@ def _profile(args: argparse.Namespace, llm: str, target: Path, console: Console)
         tensor_parallel_sizes=sizes,
         fractions=_numbers("--fractions", args.fractions),
         lengths=lengths,
+        requests_per_load=args.requests,
+        limits=Limits(
+            max_num_seqs=args.max_num_seqs,
+            max_num_batched_tokens=args.max_num_batched_tokens,
+            max_model_len=args.max_model_len,
+        ),
         choice=EngineChoice(engine=args.engine, command=None if command is None else tuple(command)),
         folder=journal,
         on_event=tell,
