@@ -23,6 +23,7 @@ from scepsy_optimizer.pipeline import build_pipeline, workflow_latencies_s
 from scepsy_optimizer.placement import place
 from scepsy_optimizer.plan import LLMPlan, Plan, Prediction, Slot
 from scepsy_optimizer.profile import LLMProfile, Profiles, find_profile, profiles_of
+from scepsy_optimizer.requirements import NO_REQUIREMENTS, Requirements
 from scepsy_optimizer.search import budget_units, find_allocation, highest_rate
 from scepsy_optimizer.steady_state import replay_steady_state
 from scepsy_optimizer.workload import Workload
@@ -39,6 +40,7 @@ def optimize(
     rate_rps: float,
     max_units: int | None = None,
     max_utilisation: float = MAX_UTILISATION,
+    requirements: Requirements = NO_REQUIREMENTS,
     provenance: Mapping[str, str] | None = None,
     replay_seed: int | None = None,
 ) -> Plan:
@@ -57,11 +59,17 @@ def optimize(
         rate_rps=rate_rps,
         max_units=max_units,
         max_utilisation=max_utilisation,
+        requirements=requirements,
         provenance=provenance,
     )
     if not plans:
         rate, bottleneck = highest_rate(
-            workload, profiles, cluster, max_units=max_units, max_utilisation=max_utilisation
+            workload,
+            profiles,
+            cluster,
+            max_units=max_units,
+            max_utilisation=max_utilisation,
+            requirements=requirements,
         )
         devices = budget_units(cluster, max_units) / UNITS_PER_DEVICE
         raise ScepsyError(
@@ -81,6 +89,7 @@ def find_plans(
     rate_rps: float,
     max_units: int | None = None,
     max_utilisation: float = MAX_UTILISATION,
+    requirements: Requirements = NO_REQUIREMENTS,
     provenance: Mapping[str, str] | None = None,
 ) -> tuple[Plan, ...]:
     """The best few plans that the search met and that can be placed, least mean latency first.
@@ -93,7 +102,13 @@ def find_plans(
     bound_s: float | None = None
     while units > 0:
         allocation = find_allocation(
-            workload, profiles, cluster, rate_rps=rate_rps, max_units=units, max_utilisation=max_utilisation
+            workload,
+            profiles,
+            cluster,
+            rate_rps=rate_rps,
+            max_units=units,
+            max_utilisation=max_utilisation,
+            requirements=requirements,
         )
         if allocation is None:
             break

@@ -1,20 +1,30 @@
-"""Other questions to the same search: the highest rate within a latency, and the fewest devices for both."""
+"""Other questions to the same search: the highest rate, with or without a latency limit, and the fewest devices.
+
+Every answer is a plan that has been placed and that keeps the limit itself: the mean by its prediction, a percentile by
+its replay.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from scepsy_optimizer.allocation import MAX_UTILISATION, UNITS_PER_DEVICE
 from scepsy_optimizer.cluster import Cluster
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.plan import Plan
-from scepsy_optimizer.planner import check_profiles, optimize
+from scepsy_optimizer.planner import check_profiles, find_plans, least_replayed, optimize, with_replay
 from scepsy_optimizer.profile import Profiles
-from scepsy_optimizer.search import find_allocation, highest_rate
+from scepsy_optimizer.requirements import NO_REQUIREMENTS, Requirements
+from scepsy_optimizer.search import highest_rate
 from scepsy_optimizer.workload import Workload
 
+PERCENTILES = (50, 95, 99)
+"""The percentiles that a replay tells and a limit may be on."""
+
 _LOWEST_RATE_RPS = 1e-6
-_RATE_PRECISION = 1e-3
+_MEAN_PRECISION = 1e-3
+_REPLAY_PRECISION = 1e-2
 
 
 def optimize_rate(
@@ -22,45 +32,35 @@ def optimize_rate(
     profiles: Profiles,
     cluster: Cluster,
     *,
-    latency_s: float,
+    latency_s: float | None = None,
+    percentile: int | None = None,
     max_utilisation: float = MAX_UTILISATION,
+    requirements: Requirements = NO_REQUIREMENTS,
     provenance: Mapping[str, str] | None = None,
     replay_seed: int | None = None,
 ) -> Plan:
-    """The plan for the highest rate whose mean latency is at most `latency_s`, to one part in a thousand.
+    """The plan for the highest rate, or for the highest whose latency is at most `latency_s`.
 
-    Raises ScepsyError where no rate, however low, has that latency, with the least that there is.
+    The latency is the mean, to one part in a thousand of the rate, or the `percentile` of a replay, to one in a
+    hundred. Raises ScepsyError where no rate, however low, has that latency, with the least that there is.
     """
     check_profiles(workload, profiles, cluster)
-    _check_latency(latency_s)
-
-    def least_s(rate_rps: float) -> float:
-        return _least_latency_s(workload, profiles, cluster, rate_rps, None, max_utilisation)
-
-    high, _ = highest_rate(workload, profiles, cluster, max_utilisation=max_utilisation)
-    low = _LOWEST_RATE_RPS
-    if (least := least_s(low)) > latency_s:
-        raise ScepsyError(
-            f"a mean latency of {latency_s:g} s is out of reach on {cluster.devices} {cluster.device_type}, even "
-            f"without load: the least is {least:.3g} s. Allow more, or use faster devices or smaller models"
-        )
-    if least_s(high) <= latency_s:
-        low = high
-    while high - low > _RATE_PRECISION * high:
-        middle = (low + high) / 2
-        if least_s(middle) <= latency_s:
-            low = middle
-        else:
-            high = middle
-    return optimize(
-        workload,
-        profiles,
-        cluster,
-        rate_rps=low,
-        max_utilisation=max_utilisation,
-        provenance=provenance,
-        replay_seed=replay_seed,
+    asked = _Asked(
+        workload, profiles, cluster, latency_s, percentile, max_utilisation, requirements, provenance, replay_seed
     )
+    high, _ = highest_rate(workload, profiles, cluster, max_utilisation=max_utilisation, requirements=requirements)
+    low = _LOWEST_RATE_RPS
+    if (least_s := asked.least_s(low)) > asked.limit_s:
+        raise ScepsyError(
+            f"a {asked.words} of {asked.limit_s:g} s is out of reach on {cluster.devices} {cluster.device_type}, even "
+            f"without load: the least is {least_s:.3g} s. Allow more, or use faster devices or smaller models"
+        )
+    if asked.within(high):
+        low = high
+    while high - low > asked.precision * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if asked.within(middle) else (low, middle)
+    return asked.answer(low)
 
 
 def optimize_devices(
@@ -70,54 +70,112 @@ def optimize_devices(
     *,
     rate_rps: float,
     latency_s: float,
+    percentile: int | None = None,
     max_utilisation: float = MAX_UTILISATION,
+    requirements: Requirements = NO_REQUIREMENTS,
     provenance: Mapping[str, str] | None = None,
     replay_seed: int | None = None,
 ) -> Plan:
-    """The plan that takes the fewest tenths of a device for a rate within a mean latency; the rest stays free.
+    """The plan that takes the fewest tenths of a device for a rate within a latency; the rest stays free.
 
-    Raises ScepsyError where the whole cluster does not reach the rate, or not the latency at that rate.
+    The latency is the mean, or the `percentile` of a replay. Raises ScepsyError where the whole cluster does not reach
+    the rate, or not the latency at that rate.
     """
-    _check_latency(latency_s)
-    whole = optimize(workload, profiles, cluster, rate_rps=rate_rps, max_utilisation=max_utilisation)
-    if whole.prediction is not None and whole.prediction.latency_s > latency_s:
+    check_profiles(workload, profiles, cluster)
+    asked = _Asked(
+        workload, profiles, cluster, latency_s, percentile, max_utilisation, requirements, provenance, replay_seed
+    )
+    whole = optimize(
+        workload, profiles, cluster, rate_rps=rate_rps, max_utilisation=max_utilisation, requirements=requirements
+    )
+    if (least_s := asked.value_s(whole)) > latency_s:
         raise ScepsyError(
-            f"a mean latency of {latency_s:g} s at {rate_rps:g} executions/s is out of reach on {cluster.devices} "
-            f"{cluster.device_type}: the least is {whole.prediction.latency_s:.3g} s. Allow more, ask for a lower "
-            "rate, or add devices"
+            f"a {asked.words} of {latency_s:g} s at {rate_rps:g} executions/s is out of reach on {cluster.devices} "
+            f"{cluster.device_type}: the least is {least_s:.3g} s. Allow more, ask for a lower rate, or add devices"
         )
     low, high = 0, cluster.devices * UNITS_PER_DEVICE
     while high - low > 1:
         middle = (low + high) // 2
-        latency = _least_latency_s(workload, profiles, cluster, rate_rps, middle, max_utilisation)
-        low, high = (low, middle) if latency <= latency_s else (middle, high)
-    return optimize(
-        workload,
-        profiles,
-        cluster,
-        rate_rps=rate_rps,
-        max_units=high,
-        max_utilisation=max_utilisation,
-        provenance=provenance,
-        replay_seed=replay_seed,
-    )
+        low, high = (low, middle) if asked.within(rate_rps, middle) else (middle, high)
+    return asked.answer(rate_rps, high)
 
 
-def _check_latency(latency_s: float) -> None:
-    if not latency_s > 0:
-        raise ScepsyError(f"a mean latency of {latency_s:g} s: the limit must be a positive number of seconds")
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A question with a latency limit: which plans there are at a rate within a budget, and what the limit is on."""
 
+    workload: Workload
+    profiles: Profiles
+    cluster: Cluster
+    latency_s: float | None
+    percentile: int | None
+    max_utilisation: float
+    requirements: Requirements
+    provenance: Mapping[str, str] | None
+    replay_seed: int | None
 
-def _least_latency_s(
-    workload: Workload,
-    profiles: Profiles,
-    cluster: Cluster,
-    rate_rps: float,
-    max_units: int | None,
-    max_utilisation: float,
-) -> float:
-    """The least mean latency at a rate within a budget; infinite where the rate is out of reach."""
-    found = find_allocation(
-        workload, profiles, cluster, rate_rps=rate_rps, max_units=max_units, max_utilisation=max_utilisation
-    )
-    return float("inf") if found is None else found.latency_s
+    def __post_init__(self) -> None:
+        if self.latency_s is not None and not self.latency_s > 0:
+            raise ScepsyError(f"a {self.words} of {self.latency_s:g} s: the limit must be a positive number of seconds")
+        if self.percentile is not None and self.latency_s is None:
+            raise ScepsyError("a percentile belongs to a latency limit: give that as well")
+        if self.percentile is not None and self.percentile not in PERCENTILES:
+            raise ScepsyError(f"percentile {self.percentile}: a replay tells {', '.join(map(str, PERCENTILES))}")
+
+    @property
+    def limit_s(self) -> float:
+        return float("inf") if self.latency_s is None else self.latency_s
+
+    @property
+    def words(self) -> str:
+        return "mean latency" if self.percentile is None else f"p{self.percentile} latency"
+
+    @property
+    def precision(self) -> float:
+        return _MEAN_PRECISION if self.percentile is None else _REPLAY_PRECISION
+
+    def plans(self, rate_rps: float, max_units: int | None = None) -> tuple[Plan, ...]:
+        return find_plans(
+            self.workload,
+            self.profiles,
+            self.cluster,
+            rate_rps=rate_rps,
+            max_units=max_units,
+            max_utilisation=self.max_utilisation,
+            requirements=self.requirements,
+            provenance=self.provenance,
+        )
+
+    def replayed(self, plan: Plan) -> Plan:
+        return with_replay(plan, self.profiles, self.workload, self.replay_seed or 0)
+
+    def value_s(self, plan: Plan) -> float:
+        """What the limit is on, of one plan; replayed for it where that has not been done."""
+        assert plan.prediction is not None  # noqa: S101 - every plan that is found has one
+        if self.percentile is None:
+            return plan.prediction.latency_s
+        replay = plan.prediction.replayed
+        if replay is None:
+            again = self.replayed(plan).prediction
+            replay = None if again is None else again.replayed
+        if replay is None:
+            raise ScepsyError(
+                f"a {self.words} at {plan.rate_rps:g} executions/s takes too long to replay: ask for the mean latency"
+            )
+        return float({50: replay.p50_s, 95: replay.p95_s, 99: replay.p99_s}[self.percentile])
+
+    def least_s(self, rate_rps: float, max_units: int | None = None) -> float:
+        """The value of the plan of least mean latency; infinite where there is no plan."""
+        plans = self.plans(rate_rps, max_units)
+        return self.value_s(plans[0]) if plans else float("inf")
+
+    def within(self, rate_rps: float, max_units: int | None = None) -> bool:
+        return any(self.value_s(plan) <= self.limit_s for plan in self.plans(rate_rps, max_units))
+
+    def answer(self, rate_rps: float, max_units: int | None = None) -> Plan:
+        """The best of the plans within the limit: by percentile, else by replayed mean, else by mean."""
+        plans = self.plans(rate_rps, max_units)
+        if self.percentile is not None or self.replay_seed is not None:
+            plans = tuple(self.replayed(plan) for plan in plans)
+        kept = [plan for plan in plans if self.value_s(plan) <= self.limit_s]
+        return min(kept, key=self.value_s) if self.percentile is not None else least_replayed(kept)
