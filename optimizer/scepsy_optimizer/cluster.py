@@ -29,10 +29,9 @@ DEVICE_MEMORY_GIB = {
     "RTX_PRO_6000": 95.6,
 }
 
-# Devices whose tensor-parallel groups talk over PCIe: each is an NVLink domain of its own.
-_WITHOUT_NVLINK = frozenset(
-    {"A100_PCIE", "A10G", "A30", "H100_PCIE", "L4", "L40S", "RTX_4090", "RTX_5090", "RTX_PRO_6000"}
-)
+# Devices that NVLink joins to all others of their node (for cores, their memory does). Tensor-parallel groups of others
+# would talk over PCIe: each is a domain of its own, unless a cluster file or NVML says otherwise.
+_WITH_NVLINK = frozenset({"A100", "A100_40GB", "B200", "B300", "CPU", "GB200", "H100", "H200"})
 
 _SHAPE = re.compile(r"^(?:(?P<nodes>\d+)x)?(?P<devices>\d+)x(?P<type>[A-Za-z0-9_]+)$")
 
@@ -124,7 +123,7 @@ def parse_cluster(text: str) -> Cluster:
     """Read the short form: "8xH100" is one node of eight, "2x8xH100" two such nodes, "2xCPU" two cores.
 
     Several shapes are joined by "+": "2x8xH100+8xL40S". Every node is taken as one NVLink domain, except for device
-    types without NVLink. Raises ScepsyError.
+    types that come without. Raises ScepsyError.
     """
     nodes: list[Node] = []
     for shape in text.split("+"):
@@ -161,7 +160,7 @@ def _parse_shape(shape: str, text: str, first: int) -> list[Node]:
 def usual_domains(device_type: str, devices: int) -> tuple[tuple[int, ...], ...]:
     """The NVLink domains of a node of which only the type and number of devices is known: all, or each alone."""
     numbers = tuple(range(devices))
-    return tuple((number,) for number in numbers) if device_type in _WITHOUT_NVLINK else (numbers,)
+    return (numbers,) if device_type in _WITH_NVLINK else tuple((number,) for number in numbers)
 
 
 NVLINK_DISTANCE = 1
