@@ -61,7 +61,7 @@ def build_pipeline(workload: Workload, speeds: Mapping[str, CallSpeed] | None = 
         latency_s += weight * path.makespan_s
         for index in path.calls:
             call = timeline.calls[index]
-            computed, generated = _tokens(call)
+            computed, generated = counted_tokens(call)
             totals = calls[call.llm]
             totals[0] += weight
             totals[1] += weight * computed
@@ -78,7 +78,7 @@ def build_pipeline(workload: Workload, speeds: Mapping[str, CallSpeed] | None = 
 
 def call_durations_s(timeline: Timeline, speeds: Mapping[str, CallSpeed]) -> list[float]:
     """Duration of each call of an execution with its own token counts, never below 0."""
-    return [max(0.0, speeds[call.llm].call_s(*_tokens(call))) for call in timeline.calls]
+    return [max(0.0, speeds[call.llm].call_s(*counted_tokens(call))) for call in timeline.calls]
 
 
 def workflow_latencies_s(workload: Workload, speeds: Mapping[str, CallSpeed]) -> dict[str, float]:
@@ -104,7 +104,7 @@ def paper_latency_s(workload: Workload, speeds: Mapping[str, CallSpeed]) -> floa
     return total_s
 
 
-def _tokens(call: Call) -> tuple[int, int]:
+def counted_tokens(call: Call) -> tuple[int, int]:
     """Computed prompt tokens and generated tokens of one call, as an engine counts them: at least one each."""
     return max(1, call.input_tokens - call.cached_tokens), max(1, call.output_tokens)
 
