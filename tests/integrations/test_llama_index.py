@@ -114,6 +114,14 @@ def test_a_stream_that_is_left(recorded, server):
     assert one_call(recorded, server).attributes[semconv.OUTCOME] == "abandoned"
 
 
+def test_a_stream_that_is_never_begun(recorded, server):
+    stream = llm(server, "pieces").stream_chat(MESSAGES)
+    del stream
+    gc.collect()
+    assert server.seen == []
+    assert recorded.call.attributes[semconv.OUTCOME] == "abandoned"
+
+
 def test_errors(recorded, server):
     with pytest.raises(openai.InternalServerError):
         llm(server, "broken").chat(MESSAGES)

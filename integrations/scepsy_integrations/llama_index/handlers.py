@@ -78,6 +78,8 @@ class ScepsySpanHandler(BaseSpanHandler[BaseSpan]):
             return
         above = _above(parent_id)
         name = id_[: -_UUID_LENGTH - 1]
+        if instance is not None:  # older versions name the class that defines the method
+            name = f"{type(instance).__name__}.{name.rpartition('.')[2]}"
         parent, outer = recorder.around(above)
         kind, role = _kind_and_role(name, instance, ancestry)
         if parent is None and kind == semconv.KIND_STEP:
@@ -107,6 +109,7 @@ class ScepsySpanHandler(BaseSpanHandler[BaseSpan]):
         for call in _calls.get(id_, ()):
             if call.live:
                 _bounded(_streams, id_, call)
+                weakref.finalize(result, _unread, id_).atexit = False
 
     @harmless
     def span_drop(
@@ -181,6 +184,14 @@ def _failed(event: Any) -> None:
 def _span_cancelled(event: Any) -> None:
     if event.span_id in recorder.open:
         _bounded(_cancelled, event.span_id, Outcome.CANCELLED)
+
+
+@harmless
+def _unread(span_id: str) -> None:
+    """Nobody will read the stream that a dispatcher span has returned: if it has not begun, no event tells of it."""
+    call = _take(span_id)
+    if call is not None:
+        end_call(call, GeneratorExit())
 
 
 def _started(operation: str) -> Callable[[Any], None]:
