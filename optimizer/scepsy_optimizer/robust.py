@@ -7,12 +7,15 @@ A plan for those loads carries any one of them; what it loses at the mean is its
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from scepsy_optimizer.errors import ScepsyError
+from scepsy_optimizer.plan import Plan
+from scepsy_optimizer.planner import plan_choices, predict
+from scepsy_optimizer.profile import Profiles
 from scepsy_optimizer.workload import Workload
 
 _RESAMPLES = 1000
@@ -22,23 +25,47 @@ _RESAMPLES = 1000
 class Robustness:
     """What planning for a quantile costs and what it buys.
 
-    `factors` say how many times its mean load each LLM is planned for. `latency_s` and `plain_latency_s` are the mean
-    latencies at the traced means, of the robust plan and of the one without this caution: their ratio is the price.
-    `latency_at_quantile_s` and `plain_at_quantile_s` are the same at the quantile's loads; infinite where a plan does
-    not carry them.
+    `factors` say how many times its mean load each LLM is planned for, `plain` is the plan without this caution: what
+    it does better at the traced means is the price. `latency_at_quantile_s` and `plain_at_quantile_s` are the mean
+    latencies of both plans when every LLM has its load at the quantile; infinite where a plan does not carry that.
     """
 
     quantile: float
     factors: Mapping[str, float]
-    latency_s: float
-    plain_latency_s: float
+    plain: Plan
     latency_at_quantile_s: float
     plain_at_quantile_s: float
 
-    @property
-    def price(self) -> float:
-        """The part by which the robust plan is slower at the traced means."""
-        return self.latency_s / self.plain_latency_s - 1
+
+def plan_robustly(
+    ask: Callable[[Workload], Plan],
+    workload: Workload,
+    profiles: Profiles,
+    *,
+    quantile: float,
+    rng: np.random.Generator,
+) -> tuple[Plan, Robustness]:
+    """The answer to a question about a workload when it is asked for the loads at a quantile, and what that costs.
+
+    The plan's prediction is for the traced means, with the bound of the plain plan where both are for the same rate.
+    Raises ScepsyError where `ask` does, which may be for the loads at the quantile only.
+    """
+    factors = load_factors(workload, quantile=quantile, rng=rng)
+    loaded = loaded_workload(workload, factors)
+    plain = ask(workload)
+    cautious = ask(loaded)
+    plan = _predicted(cautious, workload, profiles, cautious.rate_rps)
+    if plan.prediction and plain.prediction and plan.rate_rps == plain.rate_rps:
+        bound_s = min(plain.prediction.lower_bound_s, plan.prediction.latency_s)
+        gap = 1 - bound_s / plan.prediction.latency_s
+        plan = replace(plan, prediction=replace(plan.prediction, lower_bound_s=bound_s, gap=gap))
+    return plan, Robustness(
+        quantile=quantile,
+        factors=factors,
+        plain=plain,
+        latency_at_quantile_s=_latency_s(_predicted(plan, loaded, profiles, plan.rate_rps)),
+        plain_at_quantile_s=_latency_s(_predicted(plain, loaded, profiles, plain.rate_rps)),
+    )
 
 
 def load_factors(workload: Workload, *, quantile: float, rng: np.random.Generator) -> dict[str, float]:
@@ -56,9 +83,8 @@ def load_factors(workload: Workload, *, quantile: float, rng: np.random.Generato
     for row, (timeline, weight) in enumerate(zip(workload.timelines, workload.weights, strict=True)):
         for call, traced_s in zip(timeline.calls, timeline.traced_s, strict=True):
             load_s[row, column[call.llm]] += weight * max(0.0, traced_s - (call.queue_s or 0.0))
-    weights = np.array(workload.weights)
     draws = rng.multinomial(rows, np.full(rows, 1 / rows), size=_RESAMPLES)
-    means = (draws @ load_s) / (draws @ weights)[:, None]
+    means = (draws @ load_s) / (draws @ np.array(workload.weights))[:, None]
     mean = load_s.sum(axis=0)
     upper = np.quantile(means, quantile, axis=0)
     factors = np.maximum(1.0, np.divide(upper, mean, out=np.ones_like(mean), where=mean > 0))
@@ -81,3 +107,11 @@ def loaded_workload(workload: Workload, factors: Mapping[str, float]) -> Workloa
             for demand in workload.demands
         ),
     )
+
+
+def _predicted(plan: Plan, workload: Workload, profiles: Profiles, rate_rps: float) -> Plan:
+    return predict(workload, profiles, plan.cluster, plan_choices(plan), rate_rps=rate_rps, provenance=plan.provenance)
+
+
+def _latency_s(plan: Plan) -> float:
+    return float("inf") if plan.prediction is None else plan.prediction.latency_s
