@@ -7,7 +7,7 @@ import scepsy
 PUBLIC = {
     *("Cluster", "ContextThreadPoolExecutor", "Deployment", "LLMProfile", "Plan", "ScepsyError", "Workload"),
     *("agent", "aggregate", "deploy", "estimate", "flush", "instrument", "optimize", "optimize_and_deploy"),
-    *("load_cluster", "load_plan", "load_profile", "save_cluster", "save_plan", "save_profile"),
+    *("discover_cluster", "load_cluster", "load_plan", "load_profile", "save_cluster", "save_plan", "save_profile"),
     *("propagate", "read_executions", "tool", "uninstrument", "workflow"),
 }
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         workflow,
     )
     from scepsy.deployment import Deployment, deploy
+    from scepsy.discovery import discover_cluster
     from scepsy.files import load_cluster, load_plan, load_profile, save_cluster, save_plan, save_profile
     from scepsy.planning import aggregate, optimize, optimize_and_deploy
     from scepsy.profiling import estimate
@@ -43,6 +44,7 @@ _HOMES = {
     "agent": "scepsy.capture",
     "aggregate": "scepsy.planning",
     "deploy": "scepsy.deployment",
+    "discover_cluster": "scepsy.discovery",
     "estimate": "scepsy.profiling",
     "flush": "scepsy.capture",
     "instrument": "scepsy.capture",
@@ -72,6 +74,7 @@ __all__ = [
     "agent",
     "aggregate",
     "deploy",
+    "discover_cluster",
     "estimate",
     "flush",
     "instrument",

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from scepsy.discovery import SOURCES, Source, discover_cluster
 from scepsy.files import load_cluster, load_profile
 from scepsy.traces import read_executions
 from scepsy_optimizer.allocation import MAX_UTILISATION
@@ -116,9 +117,14 @@ def _plan(
 
 
 def resolve_cluster(cluster: str | Path | Cluster) -> Cluster:
-    """A `Cluster` from its short form, its file, or itself. Raises ScepsyError."""
+    """A `Cluster` from its short form, its file, or itself; "auto", "local", "ray" or "kubernetes" finds it.
+
+    Raises ScepsyError.
+    """
     if isinstance(cluster, Cluster):
         return cluster
+    if cluster in SOURCES:
+        return discover_cluster(cast("Source", cluster))
     if isinstance(cluster, Path) or Path(cluster).suffix in {".yaml", ".yml", ".json"}:
         return load_cluster(cluster)
     return parse_cluster(cluster)

@@ -18,7 +18,11 @@ HELP = "find the allocation of least latency for a rate, place it, and write the
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     add_traces(parser)
-    parser.add_argument("--cluster", required=True, help="such as 8xH100 or 2x8xH100, or a cluster file")
+    parser.add_argument(
+        "--cluster",
+        required=True,
+        help="such as 8xH100 or 2x8xH100+8xL40S, a cluster file, or auto, local, ray, kubernetes to find it",
+    )
     parser.add_argument(
         "--rate",
         action="append",
