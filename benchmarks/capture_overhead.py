@@ -1,9 +1,12 @@
 """What capture costs: microseconds added per run, beside the other instrumentations on the same frameworks.
 
-Each instrumentation runs in a process of its own: first without it, then with it, processor time of all threads,
-minimum over batches. Spans go to a processor that drops them; Scepsy is measured twice, the default way (its own trace
-files, the writing included) and on the same SDK provider as the others. HTTP is answered within the process. Memory is
-what 100,000 calls leave behind, every twentieth of them cancelled.
+One process prepares the frameworks and forks: one child stays as it is, each of the others turns one instrumentation
+on. In every round each child runs a batch of every column, one child after the other, so that what the machine does
+meanwhile hits all alike. A cost is the processor time of all threads beyond that of the bare child in the same round,
+a comparison the ratio of two such costs; the table and the bounds hold medians over the rounds. Spans go to a processor
+that drops them; Scepsy is measured twice, the default way (its own trace files, the writing included) and on the same
+SDK provider as the others. HTTP is answered within the process, so client and transport are in the bare child as well.
+Memory is what 100,000 calls leave behind, every twentieth of them cancelled.
 """
 
 from __future__ import annotations
@@ -11,54 +14,61 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import os
 import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from statistics import median
 from typing import Any
 
 from benchmarks import rivals
 from benchmarks.outcome import Bound, finish
 
 SMALL, LARGE = "hi", "word " * 40_000
-BATCH, BATCHES = 40, 25
+BATCH, ROUNDS, WARM_ROUNDS = 40, 41, 3
 MEMORY_CALLS = 100_000
 PER_RUN_BOUND_US = 60.0
+FLAT_BOUND_US = 10.0
+BARE = "bare"
 
 
-def _sync_us(run: Callable[[], Any]) -> float:
-    best = float("inf")
-    for _ in range(BATCHES):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Column:
+    """Something that is done over and over; `run` does it once, or gives the awaitable that does."""
+
+    run: Callable[[], Any]
+    asynchronous: bool = False
+    parts: int = 1
+    """How many runs of the framework it stands for."""
+
+    def seconds(self, settle: Callable[[], object]) -> float:
+        """Processor time of a run, averaged over a batch; `settle` finishes what the batch has left to do."""
+        if self.asynchronous:
+            return asyncio.run(self._loop(settle))
+        self.run()
         begin = time.process_time()
         for _ in range(BATCH):
-            run()
-        best = min(best, (time.process_time() - begin) / BATCH)
-    return best * 1e6
+            self.run()
+        settle()
+        return (time.process_time() - begin) / BATCH / self.parts
+
+    async def _loop(self, settle: Callable[[], object]) -> float:
+        await self.run()
+        begin = time.process_time()
+        for _ in range(BATCH):
+            await self.run()
+        settle()
+        return (time.process_time() - begin) / BATCH / self.parts
 
 
-def _async_us(run: Callable[[], Awaitable[Any]]) -> float:
-    async def loop() -> float:
-        best = float("inf")
-        for _ in range(BATCHES):
-            begin = time.process_time()
-            for _ in range(BATCH):
-                await run()
-            best = min(best, (time.process_time() - begin) / BATCH)
-        return best * 1e6
-
-    return asyncio.run(loop())
+def _columns() -> dict[str, Column]:
+    return _langchain_columns() | _llama_index_columns() | _openai_columns()
 
 
-def _columns() -> dict[str, Callable[[], float]]:
-    """Every column: its name and how to measure it now."""
-    columns: dict[str, Callable[[], float]] = {}
-    columns |= _langchain_columns()
-    columns |= _llama_index_columns()
-    columns |= _openai_columns()
-    return columns
-
-
-def _langchain_columns() -> dict[str, Callable[[], float]]:
+def _langchain_columns() -> dict[str, Column]:
     from langchain_core.language_models import FakeListChatModel
     from langchain_core.messages import HumanMessage
     from langgraph.graph import START, StateGraph
@@ -75,29 +85,30 @@ def _langchain_columns() -> dict[str, Callable[[], float]]:
     graph.add_edge("one", "two")
     app = graph.compile()
     return {
-        "LangChain run": lambda: _sync_us(lambda: model.invoke(small)),
-        "LangChain run, async": lambda: _async_us(lambda: model.ainvoke(small)),
-        "LangChain run, 200 kB": lambda: _sync_us(lambda: model.invoke(large)),
-        "LangChain run, async, 200 kB": lambda: _async_us(lambda: model.ainvoke(large)),
+        "LangChain run": Column(run=lambda: model.invoke(small)),
+        "LangChain run, 200 kB": Column(run=lambda: model.invoke(large)),
+        "LangChain run, async": Column(run=lambda: model.ainvoke(small), asynchronous=True),
+        "LangChain run, async, 200 kB": Column(run=lambda: model.ainvoke(large), asynchronous=True),
         # Three runs: the graph and its two nodes.
-        "LangGraph node": lambda: _sync_us(lambda: app.invoke({"x": SMALL})) / 3,
-        "LangGraph node, 200 kB": lambda: _sync_us(lambda: app.invoke({"x": LARGE})) / 3,
+        "LangGraph node": Column(run=lambda: app.invoke({"x": SMALL}), parts=3),
+        "LangGraph node, 200 kB": Column(run=lambda: app.invoke({"x": LARGE}), parts=3),
+        "LangGraph node, async": Column(run=lambda: app.ainvoke({"x": SMALL}), parts=3, asynchronous=True),
     }
 
 
-def _llama_index_columns() -> dict[str, Callable[[], float]]:
+def _llama_index_columns() -> dict[str, Column]:
     from llama_index.core.llms import ChatMessage, MockLLM
 
     model = MockLLM(max_tokens=1)
     small, large = [ChatMessage(SMALL)], [ChatMessage(LARGE)]
     return {
-        "LlamaIndex call": lambda: _sync_us(lambda: model.chat(small)),
-        "LlamaIndex call, async": lambda: _async_us(lambda: model.achat(small)),
-        "LlamaIndex call, 200 kB": lambda: _sync_us(lambda: model.chat(large)),
+        "LlamaIndex call": Column(run=lambda: model.chat(small)),
+        "LlamaIndex call, 200 kB": Column(run=lambda: model.chat(large)),
+        "LlamaIndex call, async": Column(run=lambda: model.achat(small), asynchronous=True),
     }
 
 
-def _openai_columns() -> dict[str, Callable[[], float]]:
+def _openai_columns() -> dict[str, Column]:
     import httpx
     import openai
 
@@ -127,22 +138,64 @@ def _openai_columns() -> dict[str, Callable[[], float]]:
     def plain(messages: Any) -> Any:
         return client.chat.completions.create(model="m", messages=messages)
 
-    async def read() -> None:
+    def streamed(messages: Any) -> Any:
+        return list(client.chat.completions.create(model="m", messages=messages, stream=True))
+
+    def plain_async(messages: Any) -> Awaitable[Any]:
+        return aclient.chat.completions.create(model="m", messages=messages)
+
+    async def streamed_async() -> None:
         async for _ in await aclient.chat.completions.create(model="m", messages=small, stream=True):
             pass
 
     return {
-        "openai call": lambda: _sync_us(lambda: plain(small)),
-        "openai call, async": lambda: _async_us(lambda: aclient.chat.completions.create(model="m", messages=small)),
-        "openai call, 200 kB": lambda: _sync_us(lambda: plain(large)),
-        "openai stream, 20 pieces": lambda: _sync_us(
-            lambda: list(client.chat.completions.create(model="m", messages=small, stream=True))
-        ),
-        "openai stream, async, 20 pieces": lambda: _async_us(read),
+        "openai call": Column(run=lambda: plain(small)),
+        "openai call, 200 kB": Column(run=lambda: plain(large)),
+        "openai call, async": Column(run=lambda: plain_async(small), asynchronous=True),
+        "openai call, async, 200 kB": Column(run=lambda: plain_async(large), asynchronous=True),
+        "openai stream, 20 pieces": Column(run=lambda: streamed(small)),
+        "openai stream, 20 pieces, 200 kB": Column(run=lambda: streamed(large)),
+        "openai stream, 20 pieces, async": Column(run=streamed_async, asynchronous=True),
     }
 
 
-def _worker(name: str) -> None:
+class _Child:
+    """A fork of this process in which one instrumentation is on, told column by column what to run."""
+
+    def __init__(self, name: str, columns: dict[str, Column]) -> None:
+        here, there = _pipe()
+        self.name = name
+        self.pid = os.fork()
+        if self.pid == 0:
+            here.close()
+            code = 1
+            try:
+                _serve(name, columns, there)
+                code = 0
+            finally:
+                os._exit(code)
+        there.close()
+        self._connection = here
+
+    def measure(self, column: str) -> tuple[float, int]:
+        """Microseconds of a run now, and how many spans the batch has made (-1: not counted)."""
+        self._connection.send(column)
+        answer: tuple[float, int] = self._connection.recv()
+        return answer
+
+    def stop(self) -> None:
+        """End it."""
+        self._connection.send(None)
+        os.waitpid(self.pid, 0)
+
+
+def _pipe() -> tuple[Connection, Connection]:
+    from multiprocessing import Pipe
+
+    return Pipe()
+
+
+def _serve(name: str, columns: dict[str, Column], connection: Connection) -> None:
     from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 
     class Drop(SpanProcessor):
@@ -156,17 +209,46 @@ def _worker(name: str) -> None:
     drop = Drop()
     provider = TracerProvider()
     provider.add_span_processor(drop)
-    columns = _columns()
-    # Twice, the best counts: what is measured first also warms every cache for what comes after.
-    before = {column: min(measure(), measure()) for column, measure in columns.items()}
+    settle: Callable[[], object] = lambda: None  # noqa: E731 - replaced below where there is something to settle
     with tempfile.TemporaryDirectory() as directory:
-        rivals.turn_on(name, provider, directory)
-        added, captured = {}, {}
-        for column, measure in columns.items():
+        if name != BARE:
+            rivals.turn_on(name, provider, directory)
+        if name == "scepsy":
+            from scepsy.capture import flush
+
+            settle = flush
+        while True:
+            column = connection.recv()
+            if column is None:
+                return
             drop.ended = 0
-            added[column] = min(measure(), measure()) - before[column]
-            captured[column] = name == "scepsy" or drop.ended > 0
-        print(json.dumps({"added_us": added, "before_us": before, "captured": captured}), flush=True)
+            us = columns[column].seconds(settle) * 1e6
+            connection.send((us, -1 if name in (BARE, "scepsy") else drop.ended))
+
+
+def _rounds_worker(rounds: int) -> None:
+    """All rounds: microseconds of each column in each child, and what was captured at all."""
+    columns = _columns()
+    for column in columns.values():
+        column.seconds(lambda: None)  # what is made at first use is made before the fork
+    gc.collect()
+    gc.freeze()
+    children = [_Child(name, columns) for name in (BARE, *rivals.NAMES)]
+    us: dict[str, dict[str, list[float]]] = {child.name: {column: [] for column in columns} for child in children}
+    captured = {child.name: dict.fromkeys(columns, False) for child in children}
+    try:
+        for number in range(-WARM_ROUNDS, rounds):
+            turn = number % len(children)
+            for column in columns:
+                for child in children[turn:] + children[:turn]:
+                    spent, spans = child.measure(column)
+                    if number >= 0:
+                        us[child.name][column].append(spent)
+                        captured[child.name][column] |= spans != 0
+    finally:
+        for child in children:
+            child.stop()
+    print(json.dumps({"us": us, "captured": captured}), flush=True)
 
 
 def _memory_worker(name: str) -> None:
@@ -231,18 +313,29 @@ def _resident_bytes() -> int:
         return int(file.read().split()[1]) * 4096
 
 
+def _added(us: dict[str, dict[str, list[float]]], name: str, column: str) -> list[float]:
+    return [mine - bare for mine, bare in zip(us[name][column], us[BARE][column], strict=True)]
+
+
+def _ratio(us: dict[str, dict[str, list[float]]], column: str, other: str) -> float:
+    """Median over the rounds of our cost as a part of another's."""
+    pairs = zip(_added(us, "scepsy", column), _added(us, other, column), strict=True)
+    return median(ours / theirs if theirs > 0 else float("inf") for ours, theirs in pairs)
+
+
 def main() -> int:
     """Measure all, print the table, judge."""
     rivals.prepare()
-    results = {name: rivals.run_worker("benchmarks.capture_overhead", name) for name in rivals.NAMES}
-    columns = list(results["scepsy"]["added_us"])
-    print(f"{'µs added per':<34}" + "".join(f"{title:>28}" for title in rivals.NAMES.values()))
+    measured = rivals.run_worker("benchmarks.capture_overhead", "rounds", str(ROUNDS))
+    us, captured = measured["us"], measured["captured"]
+    columns = list(us[BARE])
+    added = {name: {column: median(_added(us, name, column)) for column in columns} for name in rivals.NAMES}
+    print(f"{'µs added per':<36}{'(bare)':>8}" + "".join(f"{title:>28}" for title in rivals.NAMES.values()))
     for column in columns:
         cells = (
-            f"{result['added_us'][column]:.0f}" if result["captured"][column] else "captures nothing"
-            for result in results.values()
+            f"{added[name][column]:.0f}" if captured[name][column] else "captures nothing" for name in rivals.NAMES
         )
-        print(f"{column:<34}" + "".join(f"{cell:>28}" for cell in cells))
+        print(f"{column:<36}{median(us[BARE][column]):>8.0f}" + "".join(f"{cell:>28}" for cell in cells))
     memory = {
         name: rivals.run_worker("benchmarks.capture_overhead", f"memory:{name}") for name in ("scepsy", "scepsy-sdk")
     }
@@ -251,19 +344,27 @@ def main() -> int:
         print(
             f"  {rivals.NAMES[name]}: {figures['bytes_per_call']:.1f} bytes per call, {figures['left_open']} left open"
         )
-    ours = results["scepsy"]["added_us"]
-    others = [name for name in rivals.NAMES if not name.startswith("scepsy")]
+    ours = added["scepsy"]
     bounds = [
         Bound(name=f"{column}: µs", value=ours[column], at_most=PER_RUN_BOUND_US)
         for column in columns
         if column.startswith("LangC")
     ]
     for column in columns:
-        best = min(results[name]["added_us"][column] for name in others if results[name]["captured"][column])
-        bounds.append(Bound(name=f"{column}: part of the best other", value=ours[column] / best, at_most=1 / 3))
+        others = [name for name in rivals.NAMES if not name.startswith("scepsy") and captured[name][column]]
+        best = min(others, key=lambda name: added[name][column])
+        bounds.append(
+            Bound(name=f"{column}: part of {rivals.NAMES[best]}", value=_ratio(us, column, best), at_most=1 / 3)
+        )
+    for column in columns:
+        if column.endswith(", 200 kB"):
+            small = column.removesuffix(", 200 kB")
+            bounds.append(
+                Bound(name=f"{column}: µs beyond a small one", value=ours[column] - ours[small], at_most=FLAT_BOUND_US)
+            )
     bounds.append(Bound(name="bytes left per call", value=memory["scepsy"]["bytes_per_call"], at_most=50))
     bounds.append(Bound(name="calls left open", value=memory["scepsy"]["left_open"], at_most=0))
-    return finish("capture_overhead", bounds, {"added_us": {n: r["added_us"] for n, r in results.items()}})
+    return finish("capture_overhead", bounds, {"added_us": added})
 
 
 if __name__ == "__main__":
@@ -272,6 +373,6 @@ if __name__ == "__main__":
         if wanted.startswith("memory:"):
             _memory_worker(wanted.removeprefix("memory:"))
         else:
-            _worker(wanted)
+            _rounds_worker(int(sys.argv[3]))
         sys.exit(0)
     sys.exit(main())
