@@ -8,9 +8,10 @@ that the engine's steps give it. What the pipeline can only approximate happens 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,7 +62,20 @@ def replay(
 
     Raises ScepsyError where the plan lacks an LLM, a call fits no replica's cache, or a weight does not fit.
     """
-    run = _Run(plan, profiles, timelines)
+    return replay_on(*_replicas_of(plan, profiles), timelines, arrivals_s)
+
+
+def replay_on(
+    replicas: Mapping[str, Sequence[Replica]],
+    outside_s: Mapping[str, float],
+    timelines: Sequence[Timeline],
+    arrivals_s: Sequence[float] | NDArray[np.float64],
+) -> Replay:
+    """The same on any replicas: those that serve each LLM, and what its calls spend outside of them.
+
+    Raises ScepsyError where an LLM is not served, or a call fits no replica's cache.
+    """
+    run = _Run(replicas, outside_s, timelines)
     for index, arrival_s in enumerate(arrivals_s):
         run.at(float(arrival_s), index, 0)
     run.drain()
@@ -69,11 +83,26 @@ def replay(
     return Replay(latencies_s=latencies_s, calls=tuple(run.calls))
 
 
-@dataclass(slots=True)
-class _Replica:
-    """One engine and the stretch of steps it is in, since `since_s`; `version` outdates the ends of cut stretches."""
+class Stepper(Protocol):
+    """What does the steps of a replica: an `Engine`, or several that take turns."""
 
-    engine: Engine
+    def begin(self) -> Stretch | None:
+        """Begin as many steps as are alike; None if there is nothing to do."""
+
+    def complete(self, stretch: Stretch, steps: int) -> tuple[Hashable, ...]:
+        """End a stretch after `steps` of its steps; returns the requests that are finished then."""
+
+
+@dataclass(slots=True)
+class Replica:
+    """What calls are sent to: `queues` takes them by LLM, `stepper` does the steps, `weight` is for balancing.
+
+    The rest is where it stands: the stretch of steps it is in, since `since_s`; `version` outdates the ends of
+    stretches that were cut.
+    """
+
+    stepper: Stepper
+    queues: Mapping[str, Engine]
     weight: float
     number: int
     outstanding: int = 0
@@ -82,37 +111,46 @@ class _Replica:
     version: int = 0
 
 
+def _replicas_of(plan: Plan, profiles: Profiles) -> tuple[dict[str, list[Replica]], dict[str, float]]:
+    """The plan's replicas by LLM, and what calls of each LLM spend outside the engine."""
+    found: dict[str, list[Replica]] = {}
+    outside_s: dict[str, float] = {}
+    for part in plan.llms:
+        if part.llm not in profiles:
+            raise ScepsyError(f"replay: no profile for {part.llm!r}")
+        profile = find_profile(profiles_of(profiles, part.llm), part.device_type or plan.cluster.device_type)
+        outside_s[part.llm] = profile.request_s
+        replicas = found.setdefault(part.llm, [])
+        for _ in range(part.replicas):
+            engine = Engine(profile, tensor_parallel_size=part.tensor_parallel_size, fraction=part.fraction)
+            replicas.append(
+                Replica(stepper=engine, queues={part.llm: engine}, weight=part.replica_weight, number=len(replicas))
+            )
+    return found, outside_s
+
+
 class _Run:
     """The event loop. Events: something in an execution happens (its index, its event), or a stretch ends.
 
     What a call spends outside the engine comes before it is submitted; its submission is the complement of its event.
     """
 
-    def __init__(self, plan: Plan, profiles: Profiles, timelines: Sequence[Timeline]) -> None:
+    def __init__(
+        self,
+        replicas: Mapping[str, Sequence[Replica]],
+        outside_s: Mapping[str, float],
+        timelines: Sequence[Timeline],
+    ) -> None:
         self._timelines = timelines
-        self._replicas: dict[str, list[_Replica]] = {}
-        self._outside_s: dict[str, float] = {}
-        for part in plan.llms:
-            if part.llm not in profiles:
-                raise ScepsyError(f"replay: no profile for {part.llm!r}")
-            profile = find_profile(profiles_of(profiles, part.llm), part.device_type or plan.cluster.device_type)
-            self._outside_s[part.llm] = profile.request_s
-            replicas = self._replicas.setdefault(part.llm, [])
-            replicas += [
-                _Replica(
-                    engine=Engine(profile, tensor_parallel_size=part.tensor_parallel_size, fraction=part.fraction),
-                    weight=part.replica_weight,
-                    number=len(replicas) + number,
-                )
-                for number in range(part.replicas)
-            ]
+        self._replicas = replicas
+        self._outside_s = outside_s
         called = {call.llm for timeline in timelines for call in timeline.calls}
         if missing := sorted(called - self._replicas.keys()):
             raise ScepsyError(f"replay: the executions call {', '.join(missing)}, which the plan does not serve")
         self._successors: dict[int, list[list[int]]] = {}
         # What each execution still waits for, per event; made when it arrives, dropped when it is over.
         self._open: dict[int, list[int]] = {}
-        self._heap: list[tuple[float, int, _Replica | None, int, int]] = []
+        self._heap: list[tuple[float, int, Replica | None, int, int]] = []
         self._order = count()
         self._sent_s: dict[tuple[int, int], float] = {}
         self.ends_s = [0.0] * len(timelines)
@@ -169,7 +207,7 @@ class _Run:
         timeline = self._timelines[execution]
         request = timeline.calls[timeline.call_of[event]]
         replica = min(self._replicas[request.llm], key=lambda one: ((one.outstanding + 1) / one.weight, one.number))
-        replica.engine.submit(
+        replica.queues[request.llm].submit(
             (execution, event),
             prompt_tokens=max(1, request.input_tokens),
             output_tokens=max(1, request.output_tokens),
@@ -186,21 +224,21 @@ class _Run:
                 replica.stretch = replace(replica.stretch, steps=done)
                 self._await(replica)
 
-    def _begin(self, time_s: float, replica: _Replica) -> None:
-        replica.stretch = replica.engine.begin()
+    def _begin(self, time_s: float, replica: Replica) -> None:
+        replica.stretch = replica.stepper.begin()
         replica.since_s = time_s
         replica.version += 1
         if replica.stretch is not None:
             self._await(replica)
 
-    def _await(self, replica: _Replica) -> None:
+    def _await(self, replica: Replica) -> None:
         assert replica.stretch is not None  # noqa: S101 - both callers have just set it
         end_s = replica.since_s + replica.stretch.steps * replica.stretch.step_s
         heapq.heappush(self._heap, (end_s, next(self._order), replica, replica.version, 0))
 
-    def _end_stretch(self, time_s: float, replica: _Replica) -> None:
+    def _end_stretch(self, time_s: float, replica: Replica) -> None:
         assert replica.stretch is not None  # noqa: S101 - its end has just come
-        finished = replica.engine.complete(replica.stretch, replica.stretch.steps)
+        finished = replica.stepper.complete(replica.stretch, replica.stretch.steps)
         for key in finished:
             assert isinstance(key, tuple)  # noqa: S101 - the keys that _send has made
             execution, event = key
