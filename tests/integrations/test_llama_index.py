@@ -6,7 +6,7 @@ import time
 import openai
 import pytest
 from llama_index.core import Document, MockEmbedding, VectorStoreIndex
-from llama_index.core.agent.workflow import FunctionAgent
+from llama_index.core.agent.workflow import AgentWorkflow, FunctionAgent
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
@@ -357,9 +357,13 @@ async def test_agents_and_tools(recorded, server):
     agent.llm.is_function_calling_model = True
     await agent.run("a secret question")
     call = one_call(recorded, server)
-    assert call.attributes[semconv.ROLE]
-    tool = FunctionTool.from_defaults(async_fn=search)
+    assert call.attributes[semconv.ROLE] == "bob"
     recorded.clear()
+    await AgentWorkflow(agents=[agent], root_agent="bob").run("a secret question")
+    assert recorded.path(recorded.call)[0] == "invoke_workflow AgentWorkflow"
+    assert recorded.call.attributes[semconv.ROLE] == "bob"
+    recorded.clear()
+    tool = FunctionTool.from_defaults(async_fn=search)
     await tool.acall(query="q")
     assert recorded.path(recorded.call)[:1] == ["execute_tool search"]
     assert recorded.call.attributes[semconv.ROLE] == "search"

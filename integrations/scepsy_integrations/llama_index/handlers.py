@@ -81,7 +81,7 @@ class ScepsySpanHandler(BaseSpanHandler[BaseSpan]):
         if instance is not None:  # older versions name the class that defines the method
             name = f"{type(instance).__name__}.{name.rpartition('.')[2]}"
         parent, outer = recorder.around(above)
-        kind, role = _kind_and_role(name, instance, ancestry)
+        kind, role = _kind_and_role(name, instance, ancestry, bound_args)
         if parent is None and kind == semconv.KIND_STEP:
             kind = semconv.KIND_WORKFLOW
         title = name if kind == semconv.KIND_STEP else role
@@ -255,11 +255,15 @@ def _ancestry(kind: Any) -> frozenset[str]:
     return frozenset(base.__name__ for base in kind.__mro__)
 
 
-def _kind_and_role(name: str, instance: Any, ancestry: frozenset[str]) -> tuple[str, str]:
+def _kind_and_role(
+    name: str, instance: Any, ancestry: frozenset[str], bound_args: inspect.BoundArguments
+) -> tuple[str, str]:
     """What a dispatcher span stands for, and the role that it gives to the calls below it."""
     owner, _, method = name.rpartition(".")
-    if instance is None:
-        return semconv.KIND_STEP, method  # a step of a workflow, or a function with a span
+    if instance is None or ("Workflow" in ancestry and method != "run"):
+        # A step of a workflow, or a function with a span. The steps of agents are told whose turn it is.
+        turn = getattr(bound_args.arguments.get("ev"), "current_agent_name", None)
+        return semconv.KIND_STEP, str(turn or method)
     if "BaseTool" in ancestry:
         return semconv.KIND_TOOL, str(instance.metadata.name)
     if "BaseWorkflowAgent" in ancestry:
