@@ -46,16 +46,16 @@ def share_plan(
 ) -> tuple[WorkflowShare, ...]:
     """What each workflow uses of a plan and what it gains or loses by sharing, in the order of their names.
 
-    `workload` is the mix that the plan was made for, `alone` the workload of each of its workflows by itself. Devices
-    that stay free belong to nobody. Raises ScepsyError where the plan has no prediction or a workflow is missing.
+    `workload` is the mix that the plan was made for, `alone` the workload of each of its workflows by itself; one that
+    calls no LLM has none and is left out. Devices that stay free belong to nobody. Raises ScepsyError where the plan
+    has no prediction.
     """
     if plan.prediction is None:
         raise ScepsyError("a plan without a prediction says nothing about its workflows: make it from traces")
-    if missing := sorted(workload.workflows.keys() - alone.keys()):
-        raise ScepsyError(f"no workload of its own for {', '.join(missing)}")
-    rates = dict.fromkeys(sorted(workload.workflows), 0.0)
+    rates = dict.fromkeys(sorted(workload.workflows.keys() & alone.keys()), 0.0)
     for timeline, weight in zip(workload.timelines, workload.weights, strict=True):
-        rates[timeline.workflow] += weight * plan.rate_rps
+        if timeline.workflow in rates:
+            rates[timeline.workflow] += weight * plan.rate_rps
     used = _devices_used(plan, {workflow: alone[workflow] for workflow in rates}, rates)
 
     def least_s(workflow: str, max_units: int | None) -> float:

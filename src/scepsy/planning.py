@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from datetime import UTC, datetime
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal
 
-from scepsy.discovery import SOURCES, Source, discover_cluster
-from scepsy.files import load_cluster, load_profile
+import numpy as np
+
+from scepsy.files import load_requirements
+from scepsy.inputs import ProfileSources, Traces, provenance, resolve_cluster, resolve_cluster_profiles
 from scepsy.traces import read_executions
 from scepsy_optimizer.allocation import MAX_UTILISATION
-from scepsy_optimizer.cluster import Cluster, parse_cluster
+from scepsy_optimizer.cluster import Cluster
 from scepsy_optimizer.errors import ScepsyError
+from scepsy_optimizer.executions import Execution
+from scepsy_optimizer.frontier import FrontierPoint, find_frontier
 from scepsy_optimizer.plan import Plan
 from scepsy_optimizer.planner import optimize as optimize_workload
-from scepsy_optimizer.profile import LLMProfile
+from scepsy_optimizer.planner import with_replay
+from scepsy_optimizer.profile import Profiles
 from scepsy_optimizer.questions import optimize_devices, optimize_rate
+from scepsy_optimizer.requirements import NO_REQUIREMENTS, Requirements, require_known
+from scepsy_optimizer.robust import Robustness, plan_robustly
+from scepsy_optimizer.sharing import WorkflowShare, share_plan
+from scepsy_optimizer.what_if import WhatIf
+from scepsy_optimizer.what_if import what_if as ask_what_if
 from scepsy_optimizer.workload import Workload
 from scepsy_optimizer.workload import aggregate as aggregate_executions
 
 if TYPE_CHECKING:
     from scepsy.deployment import Deployment
 
-Traces = str | Path | Sequence[str | Path]
-Profiles = str | Path | Sequence[str | Path] | Mapping[str, LLMProfile]
+Rate = float | Literal["max"] | Mapping[str, float]
+"""Executions per second: of all workflows as traced, of each by its name, or as many as the cluster carries."""
 
-
-Rate = float | Mapping[str, float]
+_SEED = 0
 
 
 def aggregate(traces: Traces, *, rates: Mapping[str, float] | None = None) -> Workload:
@@ -37,8 +46,7 @@ def aggregate(traces: Traces, *, rates: Mapping[str, float] | None = None) -> Wo
     With `rates`, executions per second by workflow, each workflow counts by its rate rather than by how often it was
     traced. Raises ScepsyError.
     """
-    paths = [traces] if isinstance(traces, str | Path) else list(traces)
-    return aggregate_executions(read_executions(paths).executions, rates_rps=rates)
+    return aggregate_executions(_read(traces), rates_rps=rates)
 
 
 def optimize(
@@ -47,21 +55,62 @@ def optimize(
     cluster: str | Path | Cluster,
     rate: Rate | None = None,
     max_latency_s: float | None = None,
-    profiles: Profiles | None = None,
+    percentile: int | None = None,
+    requirements: Requirements | str | Path | None = None,
+    robust: float | None = None,
+    profiles: ProfileSources | None = None,
     models: Mapping[str, str] | None = None,
     max_utilisation: float = MAX_UTILISATION,
 ) -> Plan:
     """The plan of least mean latency for `rate` executions per second.
 
-    With a `max_latency_s` as well, the plan that takes the fewest devices for both; with only that, the plan for the
-    highest rate within it. The rate is of all traced workflows as they were mixed, or, given as a mapping, of each
-    workflow by its name.
+    With a `max_latency_s` as well, the plan that takes the fewest devices for both; with only that, or with the rate
+    "max", the plan for the highest rate (within it). The limit is on the mean, or on the `percentile` (50, 95 or 99) of
+    a replay. The rate is of all traced workflows as they were mixed, or, given as a mapping, of each workflow by its
+    name.
+
+    `requirements` (or a file of them) keep LLMs as they are, limit what they get, and give workflows weights and
+    latency limits. With `robust`, a quantile such as 0.9, every LLM's load is taken at that quantile of what the traces
+    leave open, instead of at their mean.
 
     `cluster` is a short form such as "8xH100", a cluster file, or a `Cluster`. `profiles` are profile files, a
     directory of them, or a mapping by LLM name; LLMs without one are estimated from `models` (LLM name to Hugging Face
     id or directory), or taken from the profiles that ship with Scepsy. Raises ScepsyError.
     """
-    return _plan(traces, cluster, rate, max_latency_s, profiles, models, max_utilisation)[0]
+    question = prepare(
+        traces,
+        cluster=cluster,
+        rate=rate,
+        requirements=requirements,
+        profiles=profiles,
+        models=models,
+        max_utilisation=max_utilisation,
+    )
+    return answer(question, max_latency_s=max_latency_s, percentile=percentile, robust=robust).plan
+
+
+def frontier(
+    traces: Traces | Workload,
+    *,
+    cluster: str | Path | Cluster,
+    requirements: Requirements | str | Path | None = None,
+    profiles: ProfileSources | None = None,
+    models: Mapping[str, str] | None = None,
+    max_utilisation: float = MAX_UTILISATION,
+) -> tuple[FrontierPoint, ...]:
+    """Which mean latencies, rates and numbers of devices can be had together: the points that no other beats.
+
+    What is taken is told under `optimize`. Raises ScepsyError.
+    """
+    question = prepare(
+        traces,
+        cluster=cluster,
+        requirements=requirements,
+        profiles=profiles,
+        models=models,
+        max_utilisation=max_utilisation,
+    )
+    return trace_frontier(question)
 
 
 def optimize_and_deploy(
@@ -70,7 +119,10 @@ def optimize_and_deploy(
     cluster: str | Path | Cluster,
     rate: Rate | None = None,
     max_latency_s: float | None = None,
-    profiles: Profiles | None = None,
+    percentile: int | None = None,
+    requirements: Requirements | str | Path | None = None,
+    robust: float | None = None,
+    profiles: ProfileSources | None = None,
     models: Mapping[str, str] | None = None,
     **deploy_options: Any,
 ) -> Deployment:
@@ -81,111 +133,166 @@ def optimize_and_deploy(
     """
     from scepsy.deployment import deploy
 
-    plan, found = _plan(traces, cluster, rate, max_latency_s, profiles, models, MAX_UTILISATION)
-    return deploy(plan, profiles=found, **deploy_options)
+    question = prepare(traces, cluster=cluster, rate=rate, requirements=requirements, profiles=profiles, models=models)
+    plan = answer(question, max_latency_s=max_latency_s, percentile=percentile, robust=robust).plan
+    return deploy(plan, profiles=question.profiles, **deploy_options)
 
 
-def _plan(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What plans are asked of: `optimize`'s arguments, read and resolved.
+
+    `alone` has the workload of each workflow by itself, where several were read from traces.
+    """
+
+    workload: Workload
+    profiles: Profiles
+    cluster: Cluster
+    rate: float | Literal["max"] | None = None
+    requirements: Requirements = NO_REQUIREMENTS
+    max_utilisation: float = MAX_UTILISATION
+    provenance: Mapping[str, str] = field(default_factory=dict)
+    alone: Mapping[str, Workload] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """A plan and what is to be said about it.
+
+    `robustness` where a quantile was asked for, `shares` where several workflows share the plan, `changes` where one
+    device more and less was asked about.
+    """
+
+    plan: Plan
+    robustness: Robustness | None = None
+    shares: tuple[WorkflowShare, ...] = ()
+    changes: tuple[WhatIf, ...] = ()
+
+
+def prepare(
     traces: Traces | Workload,
+    *,
     cluster: str | Path | Cluster,
-    rate: Rate | None,
-    max_latency_s: float | None,
-    profiles: Profiles | None,
-    models: Mapping[str, str] | None,
-    max_utilisation: float,
-) -> tuple[Plan, dict[str, LLMProfile]]:
+    rate: Rate | None = None,
+    requirements: Requirements | str | Path | None = None,
+    profiles: ProfileSources | None = None,
+    models: Mapping[str, str] | None = None,
+    max_utilisation: float = MAX_UTILISATION,
+) -> Question:
+    """Read and resolve what a question is asked of. Raises ScepsyError."""
     resolved = resolve_cluster(cluster)
+    if isinstance(requirements, str | Path):
+        requirements = load_requirements(requirements)
     rates = rate if isinstance(rate, Mapping) else None
     if rates is not None and isinstance(traces, Workload):
         raise ScepsyError("rates by workflow belong to the aggregation: give them to aggregate, and their sum here")
-    workload = traces if isinstance(traces, Workload) else aggregate(traces, rates=rates)
-    llms = [demand.llm for demand in workload.demands]
-    found = resolve_profiles(llms, resolved.device_type, profiles=profiles, models=models)
-    common: dict[str, Any] = {
-        "max_utilisation": max_utilisation,
-        "replay_seed": 0,
-        "provenance": provenance(found, None if isinstance(traces, Workload) else traces),
-    }
-    total = sum(rate.values()) if isinstance(rate, Mapping) else rate
-    if total is None:
-        if max_latency_s is None:
-            raise ScepsyError("nothing to plan for: give a rate, a latency limit, or both")
-        return optimize_rate(workload, found, resolved, latency_s=max_latency_s, **common), found
-    if max_latency_s is None:
-        return optimize_workload(workload, found, resolved, rate_rps=total, **common), found
-    return optimize_devices(workload, found, resolved, rate_rps=total, latency_s=max_latency_s, **common), found
+    alone = {}
+    if isinstance(traces, Workload):
+        workload = traces
+    else:
+        executions = _read(traces)
+        workload = aggregate_executions(executions, rates_rps=rates)
+        alone = _by_workflow(executions)
+    found = resolve_cluster_profiles(
+        [demand.llm for demand in workload.demands], resolved, profiles=profiles, models=models
+    )
+    required = requirements or NO_REQUIREMENTS
+    require_known(required, workload, resolved)
+    return Question(
+        workload=workload,
+        profiles=found,
+        cluster=resolved,
+        rate=sum(rate.values()) if isinstance(rate, Mapping) else rate,
+        requirements=required,
+        max_utilisation=max_utilisation,
+        provenance=provenance(found, None if isinstance(traces, Workload) else traces),
+        alone=alone,
+    )
 
 
-def resolve_cluster(cluster: str | Path | Cluster) -> Cluster:
-    """A `Cluster` from its short form, its file, or itself; "auto", "local", "ray" or "kubernetes" finds it.
-
-    Raises ScepsyError.
-    """
-    if isinstance(cluster, Cluster):
-        return cluster
-    if cluster in SOURCES:
-        return discover_cluster(cast("Source", cluster))
-    if isinstance(cluster, Path) or Path(cluster).suffix in {".yaml", ".yml", ".json"}:
-        return load_cluster(cluster)
-    return parse_cluster(cluster)
-
-
-def resolve_profiles(
-    llms: Sequence[str],
-    device_type: str,
+def answer(
+    question: Question,
     *,
-    profiles: Profiles | None = None,
-    models: Mapping[str, str] | None = None,
-) -> dict[str, LLMProfile]:
-    """A profile for each LLM on the device type: given ones first, then estimates of `models`, then shipped ones.
-
-    Raises ScepsyError where an LLM has none, saying how to get one.
-    """
-    from scepsy.profiling import estimate, shipped_profiles
-
-    given = _given_profiles(profiles, device_type)
-    shipped = shipped_profiles(device_type)
-    found: dict[str, LLMProfile] = {}
-    for llm in llms:
-        if llm in given:
-            found[llm] = given[llm]
-        elif models is not None and llm in models:
-            found[llm] = estimate(models[llm], device_type, llm=llm)
-        elif llm in shipped:
-            found[llm] = shipped[llm]
-    missing = [llm for llm in llms if llm not in found]
-    if missing:
-        known = ", ".join(sorted({*given, *shipped})) or "none"
-        raise ScepsyError(
-            f"no profile of {', '.join(missing)} on {device_type} (there are: {known}). Name the model behind each, "
-            f"such as --model {missing[0]}=Qwen/Qwen3-8B, or give profile files with --profiles"
+    max_latency_s: float | None = None,
+    percentile: int | None = None,
+    robust: float | None = None,
+    what_if: bool = False,
+) -> Answer:
+    """The plan that a question asks for, and what is to be said about it. Raises ScepsyError."""
+    ask = _asking(question, max_latency_s, percentile)
+    robustness = None
+    if robust is None:
+        plan = ask(question.workload)
+    else:
+        if percentile is not None:
+            raise ScepsyError("a robust plan is for the mean latency: leave out the percentile")
+        plan, robustness = plan_robustly(
+            ask, question.workload, question.profiles, quantile=robust, rng=np.random.default_rng(_SEED)
         )
-    return found
+        plan = with_replay(plan, question.profiles, question.workload, _SEED)
+        plan = replace(plan, provenance={**plan.provenance, "robust": f"loads at the {robust:g} quantile"})
+    common = {"max_utilisation": question.max_utilisation}
+    return Answer(
+        plan=plan,
+        robustness=robustness,
+        shares=share_plan(plan, question.workload, question.alone, question.profiles, **common)
+        if len(question.alone) > 1
+        else (),
+        changes=ask_what_if(question.workload, question.profiles, plan, requirements=question.requirements, **common)
+        if what_if
+        else (),
+    )
 
 
-def _given_profiles(profiles: Profiles | None, device_type: str) -> dict[str, LLMProfile]:
-    if profiles is None:
-        return {}
-    if isinstance(profiles, Mapping):
-        return dict(profiles)
-    paths: list[Path] = []
-    for item in [profiles] if isinstance(profiles, str | Path) else profiles:
-        path = Path(item)
-        paths += sorted(path.glob("*.y*ml")) if path.is_dir() else [path]
-    loaded = [load_profile(path) for path in paths]
-    return {profile.llm: profile for profile in loaded if profile.device_type == device_type}
+def trace_frontier(
+    question: Question, on_progress: Callable[[int, int], None] | None = None
+) -> tuple[FrontierPoint, ...]:
+    """The frontier of a question's workload and cluster; its rate does not matter. Raises ScepsyError."""
+    return find_frontier(
+        question.workload,
+        question.profiles,
+        question.cluster,
+        max_utilisation=question.max_utilisation,
+        requirements=question.requirements,
+        on_progress=on_progress,
+    )
 
 
-def provenance(profiles: Mapping[str, LLMProfile], traces: Traces | None) -> dict[str, str]:
-    """Where a plan's numbers come from, for the plan file."""
-    from scepsy import __version__
-
-    sources = {
-        llm: ", ".join(text for text in asdict(profile.provenance).values() if text)
-        for llm, profile in profiles.items()
+def _asking(question: Question, max_latency_s: float | None, percentile: int | None) -> Callable[[Workload], Plan]:
+    """The function that answers the question for a workload."""
+    rate = question.rate
+    common: dict[str, Any] = {
+        "max_utilisation": question.max_utilisation,
+        "requirements": question.requirements,
+        "provenance": question.provenance,
+        "replay_seed": _SEED,
     }
-    found = {"scepsy": __version__, "made": datetime.now(UTC).isoformat(timespec="seconds")}
-    if traces is not None:
-        paths = [traces] if isinstance(traces, str | Path) else traces
-        found["traces"] = ", ".join(str(path) for path in paths)
-    return found | {f"profile of {llm}": source for llm, source in sources.items()}
+    limit: dict[str, Any] = {"latency_s": max_latency_s, "percentile": percentile}
+    if rate is None and max_latency_s is None:
+        raise ScepsyError("nothing to plan for: give a rate, a latency limit, or both")
+    if rate is None or rate == "max":
+        return lambda workload: optimize_rate(workload, question.profiles, question.cluster, **limit, **common)
+    if max_latency_s is None:
+        if percentile is not None:
+            raise ScepsyError("a percentile belongs to a latency limit: give that as well")
+        return lambda workload: optimize_workload(
+            workload, question.profiles, question.cluster, rate_rps=rate, **common
+        )
+    return lambda workload: optimize_devices(
+        workload, question.profiles, question.cluster, rate_rps=rate, **limit, **common
+    )
+
+
+def _read(traces: Traces) -> list[Execution]:
+    paths = [traces] if isinstance(traces, str | Path) else list(traces)
+    return list(read_executions(paths).executions)
+
+
+def _by_workflow(executions: Sequence[Execution]) -> dict[str, Workload]:
+    """The workload of each workflow by itself, of those that call any LLM."""
+    groups: dict[str, list[Execution]] = defaultdict(list)
+    for execution in executions:
+        groups[execution.workflow].append(execution)
+    if len(groups) < 2:
+        return {}
+    return {workflow: aggregate_executions(runs) for workflow, runs in groups.items() if any(run.calls for run in runs)}

@@ -4,7 +4,8 @@ import openai
 import pytest
 
 from scepsy.files import save_cluster, save_profile
-from scepsy.planning import aggregate, optimize, optimize_and_deploy, resolve_cluster, resolve_profiles
+from scepsy.inputs import resolve_cluster, resolve_profiles
+from scepsy.planning import aggregate, optimize, optimize_and_deploy
 from scepsy_optimizer.cluster import parse_cluster
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.profile import PROPORTIONAL

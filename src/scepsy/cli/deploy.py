@@ -12,7 +12,7 @@ from rich.console import Console
 from scepsy.cli.options import add_engine, add_profiles, parse_command, parse_models
 from scepsy.deployment import deploy
 from scepsy.files import load_plan
-from scepsy.planning import resolve_profiles
+from scepsy.inputs import resolve_profiles
 
 HELP = "start the engines of a plan behind one OpenAI-compatible endpoint"
 

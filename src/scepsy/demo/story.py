@@ -10,7 +10,7 @@ from scepsy.demo.drive import Outcome, drive
 from scepsy.demo.schedule import Arrivals
 from scepsy.deployment import deploy
 from scepsy.files import save_plan
-from scepsy.planning import provenance, resolve_cluster, resolve_profiles
+from scepsy.inputs import provenance, resolve_cluster, resolve_profiles
 from scepsy.traces import read_executions
 from scepsy_optimizer.allocation import even_split
 from scepsy_optimizer.errors import ScepsyError

@@ -1,0 +1,135 @@
+"""What calls and commands are given, resolved: a cluster, the profiles of LLMs, and where numbers come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import cast
+
+from scepsy.discovery import SOURCES, Source, discover_cluster
+from scepsy.files import load_cluster, load_profile
+from scepsy_optimizer.cluster import Cluster, parse_cluster
+from scepsy_optimizer.errors import ScepsyError
+from scepsy_optimizer.profile import LLMProfile, Profiles, profiles_of
+
+Traces = str | Path | Sequence[str | Path]
+"""Trace files, or directories of them."""
+
+ProfileSources = str | Path | Sequence[str | Path] | Mapping[str, LLMProfile]
+"""Profile files, directories of them, or profiles by LLM name."""
+
+
+def resolve_cluster(cluster: str | Path | Cluster) -> Cluster:
+    """A `Cluster` from its short form, its file, or itself; "auto", "local", "ray" or "kubernetes" finds it.
+
+    Raises ScepsyError.
+    """
+    if isinstance(cluster, Cluster):
+        return cluster
+    if cluster in SOURCES:
+        return discover_cluster(cast("Source", cluster))
+    if isinstance(cluster, Path) or Path(cluster).suffix in {".yaml", ".yml", ".json"}:
+        return load_cluster(cluster)
+    return parse_cluster(cluster)
+
+
+def resolve_profiles(
+    llms: Sequence[str],
+    device_type: str,
+    *,
+    profiles: ProfileSources | None = None,
+    models: Mapping[str, str] | None = None,
+) -> dict[str, LLMProfile]:
+    """A profile for each LLM on the device type: given ones first, then estimates of `models`, then shipped ones.
+
+    Raises ScepsyError where an LLM has none, saying how to get one.
+    """
+    found, known = _find_profiles(llms, device_type, profiles, models)
+    _require_profiles(llms, found, device_type, known)
+    return found
+
+
+def resolve_cluster_profiles(
+    llms: Sequence[str],
+    cluster: Cluster,
+    *,
+    profiles: ProfileSources | None = None,
+    models: Mapping[str, str] | None = None,
+) -> Profiles:
+    """`resolve_profiles` for every device type of a cluster; an LLM may lack a profile on some, but not on all.
+
+    Raises ScepsyError where an LLM has none at all.
+    """
+    if len(cluster.device_types) == 1:
+        return resolve_profiles(llms, cluster.device_type, profiles=profiles, models=models)
+    found: dict[str, tuple[LLMProfile, ...]] = {}
+    known: set[str] = set()
+    for device_type in cluster.device_types:
+        here, names = _find_profiles(llms, device_type, profiles, models)
+        known |= names
+        for llm, profile in here.items():
+            found[llm] = (*found.get(llm, ()), profile)
+    _require_profiles(llms, found, cluster.device_type, known)
+    return found
+
+
+def _find_profiles(
+    llms: Sequence[str], device_type: str, profiles: ProfileSources | None, models: Mapping[str, str] | None
+) -> tuple[dict[str, LLMProfile], set[str]]:
+    """The profiles that there are of `llms` on a device type, and the names of all LLMs with one."""
+    from scepsy.profiling import estimate, shipped_profiles
+
+    given = _given_profiles(profiles, device_type)
+    shipped = shipped_profiles(device_type)
+    found: dict[str, LLMProfile] = {}
+    for llm in llms:
+        if llm in given:
+            found[llm] = given[llm]
+        elif models is not None and llm in models:
+            found[llm] = estimate(models[llm], device_type, llm=llm)
+        elif llm in shipped:
+            found[llm] = shipped[llm]
+    return found, {*given, *shipped}
+
+
+def _require_profiles(llms: Sequence[str], found: Mapping[str, object], device_type: str, known: set[str]) -> None:
+    missing = [llm for llm in llms if llm not in found]
+    if missing:
+        raise ScepsyError(
+            f"no profile of {', '.join(missing)} on {device_type} (there are: {', '.join(sorted(known)) or 'none'}). "
+            f"Name the model behind each, such as --model {missing[0]}=Qwen/Qwen3-8B, or give profile files with "
+            "--profiles"
+        )
+
+
+def _given_profiles(profiles: ProfileSources | None, device_type: str) -> dict[str, LLMProfile]:
+    if profiles is None:
+        return {}
+    if isinstance(profiles, Mapping):
+        return dict(profiles)
+    paths: list[Path] = []
+    for item in [profiles] if isinstance(profiles, str | Path) else profiles:
+        path = Path(item)
+        paths += sorted(path.glob("*.y*ml")) if path.is_dir() else [path]
+    loaded = [load_profile(path) for path in paths]
+    return {profile.llm: profile for profile in loaded if profile.device_type == device_type}
+
+
+def provenance(profiles: Profiles, traces: Traces | None) -> dict[str, str]:
+    """Where a plan's numbers come from, for the plan file."""
+    from scepsy import __version__
+
+    sources = {
+        llm: "; ".join(
+            ", ".join(text for text in asdict(profile.provenance).values() if text)
+            for profile in profiles_of(profiles, llm)
+        )
+        for llm in profiles
+    }
+    found = {"scepsy": __version__, "made": datetime.now(UTC).isoformat(timespec="seconds")}
+    if traces is not None:
+        paths = [traces] if isinstance(traces, str | Path) else traces
+        found["traces"] = ", ".join(str(path) for path in paths)
+    return found | {f"profile of {llm}": source for llm, source in sources.items()}
