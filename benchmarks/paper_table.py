@@ -3,8 +3,8 @@
 Beam search, retrieval with a reranker, and both together, on 4, 8 and 16 H100 (profiles by estimate), from light load
 to beyond what our plan carries. Every policy makes its allocation for the rate at hand, or for the highest that it
 can plan for; all then replay the same executions at the same Poisson arrivals, several seeds each. The highest
-sustained rate is what the allocation gets done per second while a backlog never empties. `--plots DIR` draws latency
-over rate.
+sustained rate is the one at which as much is done as arrives. Beyond it latency grows for as long as the load lasts:
+two and a half minutes here. `--plots DIR` draws latency over rate.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ from scepsy_optimizer.cluster import Cluster, parse_cluster
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.planner import hand_made_plan, optimize, plan_choices
 from scepsy_optimizer.profile import LLMProfile
-from scepsy_optimizer.replay import poisson_arrivals_s, replay
+from scepsy_optimizer.replay import Replay, poisson_arrivals_s, replay
 from scepsy_optimizer.search import highest_rate
+from scepsy_optimizer.time_sharing import replay_time_shared
+from scepsy_optimizer.timeline import Timeline
 from scepsy_optimizer.workload import Workload, aggregate
 
 CLUSTERS = ("4xH100", "8xH100", "2x8xH100")
@@ -43,9 +45,8 @@ LOADS = (0.05, 0.3, 0.6, 0.8, 1.0, 1.2)
 """Offered rates as a part of the highest rate that our plan is made for."""
 SEEDS = (1, 2, 3)
 TRACED = 200
-REPLAYED = 500
-SPAN_IN_LATENCIES = 8.0
-BACKLOG_FACTOR = 4.0
+LEAST_EXECUTIONS = 400
+OFFERED_FOR_S = 150.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,13 +58,21 @@ class Setting:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class System:
+    """Engines as some policy arranges them: in words, and how executions run on them."""
+
+    allocation: str
+    run: Callable[[Sequence[Timeline], np.ndarray], Replay]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
     """One policy at one rate: its allocation replayed, one entry of each sequence per seed."""
 
     policy: str
     load: float
     rate_rps: float
-    choices: Choices
+    allocation: str
     mean_s: tuple[float, ...]
     p50_s: tuple[float, ...]
     p95_s: tuple[float, ...]
@@ -103,46 +112,75 @@ def profiles_of(cluster: str) -> dict[str, LLMProfile]:
     return shipped_profiles(parse_cluster(cluster).device_type)
 
 
-def ours(workload: Workload, profiles: Mapping[str, LLMProfile], cluster: Cluster, rate_rps: float) -> Choices:
+def ours(setting: Setting, rate_rps: float) -> System:
     """The plan of least latency, its best candidates compared by replay."""
-    return plan_choices(optimize(workload, profiles, cluster, rate_rps=rate_rps, replay_seed=0))
+    workload, profiles, cluster = given(setting)
+    return allocated(setting, plan_choices(optimize(workload, profiles, cluster, rate_rps=rate_rps, replay_seed=0)))
 
 
 def by_hand(weigh: Callable[[Workload, Mapping[str, LLMProfile]], Mapping[str, float]]) -> Policy:
     """A policy of people: devices in proportion to something they know."""
 
-    def policy(workload: Workload, profiles: Mapping[str, LLMProfile], cluster: Cluster, _rate_rps: float) -> Choices:
-        return split_by_weight(
-            weigh(workload, profiles),
-            profiles,
-            devices=cluster.devices,
-            max_tensor_parallel_size=cluster.largest_domain,
+    def policy(setting: Setting, _rate_rps: float) -> System:
+        workload, profiles, cluster = given(setting)
+        weights = weigh(workload, profiles)
+        largest = cluster.largest_domain
+        return allocated(
+            setting,
+            split_by_weight(weights, profiles, devices=cluster.devices, max_tensor_parallel_size=largest),
         )
 
     return policy
 
 
-def by_autoscaler(workload: Workload, profiles: Mapping[str, LLMProfile], cluster: Cluster, rate_rps: float) -> Choices:
+def by_autoscaler(setting: Setting, rate_rps: float) -> System:
     """Each LLM scaled alone."""
-    return autoscaled(
+    workload, profiles, cluster = given(setting)
+    choices = autoscaled(
         workload,
         profiles,
         rate_rps=rate_rps,
         devices=cluster.devices,
         max_tensor_parallel_size=cluster.largest_domain,
     )
+    return allocated(setting, choices)
 
 
-def by_paper(workload: Workload, profiles: Mapping[str, LLMProfile], cluster: Cluster, rate_rps: float) -> Choices:
+def by_paper(setting: Setting, rate_rps: float) -> System:
     """The paper's pruned enumeration, for the highest rate it can where the asked one is out of its reach."""
     for part in (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1):
-        found = paper_enumeration(workload, profiles, cluster, rate_rps=rate_rps * part)
+        found = paper_enumeration(*given(setting), rate_rps=rate_rps * part)
         if found is not None:
-            return found.choices
+            return allocated(setting, found.choices)
     raise ScepsyError("the pruned enumeration finds no allocation at any rate")
 
 
-Policy = Callable[[Workload, Mapping[str, LLMProfile], Cluster, float], Choices]
+def by_time_sharing(setting: Setting, _rate_rps: float) -> System:
+    """Every device serves every LLM in turns."""
+    workload, profiles, cluster = given(setting)
+    called = {demand.llm: profiles[demand.llm] for demand in workload.demands}
+    return System(
+        allocation=f"{cluster.devices} x all",
+        run=lambda timelines, arrivals_s: replay_time_shared(called, timelines, arrivals_s, devices=cluster.devices),
+    )
+
+
+def allocated(setting: Setting, choices: Choices) -> System:
+    """A system of engines as allocated."""
+    _, profiles, cluster = given(setting)
+    plan = hand_made_plan(choices, profiles, cluster)
+    return System(
+        allocation=describe(choices),
+        run=lambda timelines, arrivals_s: replay(plan, profiles, timelines, arrivals_s),
+    )
+
+
+def given(setting: Setting) -> tuple[Workload, dict[str, LLMProfile], Cluster]:
+    """What every policy knows."""
+    return workload_of(setting.mix), profiles_of(setting.cluster), parse_cluster(setting.cluster)
+
+
+Policy = Callable[[Setting, float], System]
 
 POLICIES: dict[str, Policy] = {
     "ours": ours,
@@ -154,44 +192,36 @@ POLICIES: dict[str, Policy] = {
         }
     ),
     "autoscaled": by_autoscaler,
+    "time sharing": by_time_sharing,
     "paper": by_paper,
 }
 
 
 def run_setting(setting: Setting) -> Table:
     """Every policy at every rate."""
-    workload, profiles, cluster = workload_of(setting.mix), profiles_of(setting.cluster), parse_cluster(setting.cluster)
-    most_rps, _ = highest_rate(workload, profiles, cluster)
-    most_rps *= 0.999
+    most_rps = highest_rate(*given(setting))[0] * 0.999
     points, sustained = [], {}
     for name, policy in POLICIES.items():
-        choices: Choices = {}
         for load in LOADS:
-            choices = policy(workload, profiles, cluster, min(load, 1.0) * most_rps)
-            points.append(replay_point(setting, name, choices, load, load * most_rps))
-        sustained[name] = backlog_rps(setting, choices, most_rps)
+            system = policy(setting, min(load, 1.0) * most_rps)
+            points.append(replay_point(setting, name, system, load, load * most_rps))
+        sustained[name] = sustained_rps(setting, policy(setting, most_rps), most_rps)
     return Table(setting=setting, points=tuple(points), sustained_rps=sustained)
 
 
-def replay_point(setting: Setting, policy: str, choices: Choices, load: float, rate_rps: float) -> Point:
-    """Replay an allocation at a rate, once per seed; arrivals and executions depend on the seed and the rate alone."""
-    workload, profiles = workload_of(setting.mix), profiles_of(setting.cluster)
-    plan = hand_made_plan(choices, profiles, parse_cluster(setting.cluster))
+def replay_point(setting: Setting, policy: str, system: System, load: float, rate_rps: float) -> Point:
+    """Replay at a rate, once per seed; arrivals and executions depend on the seed and the rate alone."""
     found = []
     for seed in SEEDS:
-        rng = np.random.default_rng(seed)
-        count = max(REPLAYED, int(rate_rps * workload.latency_s * SPAN_IN_LATENCIES))
-        arrivals_s = poisson_arrivals_s(rng, rate_rps=rate_rps, executions=count)
-        picked = rng.choice(len(workload.timelines), size=count, p=workload.weights)
-        latencies_s = replay(plan, profiles, [workload.timelines[one] for one in picked], arrivals_s).latencies_s
-        steady = latencies_s[count // 5 : -count // 10]
+        latencies_s, arrivals_s = run(setting, system, seed=seed, rate_rps=rate_rps)
+        steady = latencies_s[len(arrivals_s) // 5 : -len(arrivals_s) // 10]
         found.append((float(steady.mean()), *(float(value) for value in np.percentile(steady, [50, 95, 99]))))
     mean_s, p50_s, p95_s, p99_s = (tuple(column) for column in zip(*found, strict=True))
     return Point(
         policy=policy,
         load=load,
         rate_rps=rate_rps,
-        choices=choices,
+        allocation=system.allocation,
         mean_s=mean_s,
         p50_s=p50_s,
         p95_s=p95_s,
@@ -199,18 +229,33 @@ def replay_point(setting: Setting, policy: str, choices: Choices, load: float, r
     )
 
 
-def backlog_rps(setting: Setting, choices: Choices, most_rps: float) -> float:
-    """Executions done per second while work is always waiting: between a quarter and three quarters of them."""
-    workload, profiles = workload_of(setting.mix), profiles_of(setting.cluster)
-    plan = hand_made_plan(choices, profiles, parse_cluster(setting.cluster))
-    rng = np.random.default_rng(SEEDS[0])
-    count = max(REPLAYED, int(most_rps * workload.latency_s * SPAN_IN_LATENCIES))
-    arrivals_s = poisson_arrivals_s(rng, rate_rps=BACKLOG_FACTOR * most_rps, executions=count)
+def sustained_rps(setting: Setting, system: System, most_rps: float) -> float:
+    """The highest rate at which what arrives in the second half of a run is also done in it, but for a twentieth."""
+
+    def kept_up(rate_rps: float) -> bool:
+        latencies_s, arrivals_s = run(setting, system, seed=SEEDS[0], rate_rps=rate_rps)
+        middle_s, end_s = arrivals_s[-1] / 2, arrivals_s[-1]
+        done_s = arrivals_s + latencies_s
+        done = np.count_nonzero((done_s > middle_s) & (done_s <= end_s))
+        return bool(done >= 0.95 * np.count_nonzero(arrivals_s > middle_s))
+
+    low, high = 0.0, most_rps
+    while kept_up(high):
+        low, high = high, 1.5 * high
+    while high - low > 0.02 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if kept_up(middle) else (low, middle)
+    return low
+
+
+def run(setting: Setting, system: System, *, seed: int, rate_rps: float) -> tuple[np.ndarray, np.ndarray]:
+    """Latencies and arrivals over a time that does not depend on the system, the same executions for all."""
+    workload = workload_of(setting.mix)
+    rng = np.random.default_rng(seed)
+    count = max(LEAST_EXECUTIONS, int(rate_rps * OFFERED_FOR_S))
+    arrivals_s = poisson_arrivals_s(rng, rate_rps=rate_rps, executions=count)
     picked = rng.choice(len(workload.timelines), size=count, p=workload.weights)
-    replayed = replay(plan, profiles, [workload.timelines[one] for one in picked], arrivals_s)
-    ends_s = np.sort(arrivals_s + replayed.latencies_s)
-    low, high = count // 4, 3 * count // 4
-    return float((high - low) / (ends_s[high] - ends_s[low]))
+    return system.run([workload.timelines[one] for one in picked], arrivals_s).latencies_s, arrivals_s
 
 
 def show(table: Table) -> None:
@@ -227,7 +272,7 @@ def show(table: Table) -> None:
             print(
                 f"{point.rate_rps:>8.3g} {point.policy:>12} {point.latency_s:>8.2f} +- {spread:<5.2f}"
                 f"{np.mean(point.p50_s):>8.2f} {np.mean(point.p95_s):>8.2f} {np.mean(point.p99_s):>8.2f} "
-                f"{point.latency_s / mine.latency_s:>8.2f}x  {describe(point.choices)}"
+                f"{point.latency_s / mine.latency_s:>8.2f}x  {point.allocation}"
             )
     mine_rps = table.sustained_rps["ours"]
     for policy, rate_rps in table.sustained_rps.items():
