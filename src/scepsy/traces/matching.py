@@ -10,6 +10,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
+import msgspec
+
 from scepsy.traces.records import LLM, SERVER, SpanRecord
 
 SLACK_NS = 5_000_000
@@ -74,4 +76,6 @@ def _engine_id(response_id: str) -> str:
 def attached(record: SpanRecord, call: SpanRecord) -> SpanRecord:
     """The detached record as a span below its call."""
     kind = SERVER if record.kind == SERVER else record.kind
-    return record._replace(trace=call.trace, parent=call.id, kind=kind, detached=False, remote_parent=False)
+    return msgspec.structs.replace(
+        record, trace=call.trace, parent=call.id, kind=kind, detached=False, remote_parent=False
+    )

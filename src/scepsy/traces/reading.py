@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -17,6 +18,9 @@ from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.executions import Execution
 
 NO_TRACES: Final = "files in a directory that hold no traces"
+
+# A batch may be a whole table, which need not be in memory at once.
+_AT_ONCE = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,14 +74,14 @@ def _executions(paths: Sequence[str | Path], tally: Tally) -> Iterator[tuple[int
         for path, named in find_files(paths).items():
             try:
                 for batch in read_spans(path, tally):
-                    for raw in batch:
-                        record = normalise(raw)
-                        if record.endpoint:
-                            names.saw(record)
-                        if record.detached:
-                            detached.append(record)
-                        else:
-                            spool.add(record)
+                    raws = iter(batch)
+                    while records := [normalise(raw) for raw in islice(raws, _AT_ONCE)]:
+                        names.saw(records)
+                        apart = [record for record in records if record.detached]
+                        if apart:
+                            detached += apart
+                            records = [record for record in records if not record.detached]
+                        spool.add(records)
             except NoTracesError:
                 if named:
                     raise
@@ -102,11 +106,13 @@ def _reunite(detached: Sequence[SpanRecord], spool: Spool) -> set[str]:
         return set()
     calls = match(detached, (record for record in spool.records() if record.kind == LLM))
     moved = set()
+    found = []
     for record in detached:
         call = calls.get((record.trace, record.id))
-        spool.add(record if call is None else attached(record, call))
+        found.append(record if call is None else attached(record, call))
         if call is not None:
             moved.add(record.trace)
+    spool.add(found)
     return moved
 
 
@@ -116,10 +122,11 @@ class LLMNames:
     def __init__(self) -> None:
         self._endpoints: dict[str, set[str]] = {}
 
-    def saw(self, record: SpanRecord) -> None:
-        """Learn from a span."""
-        if record.endpoint and record.model:
-            self._endpoints.setdefault(record.model, set()).add(record.endpoint)
+    def saw(self, records: Iterable[SpanRecord]) -> None:
+        """Learn from spans."""
+        for model, endpoint in {(record.model, record.endpoint) for record in records if record.endpoint}:
+            if model:
+                self._endpoints.setdefault(model, set()).add(endpoint)
 
     def __call__(self, model: str, endpoint: str) -> str:
         """The name of the LLM that serves `model` at `endpoint` ("host:port", or empty where it is not known)."""

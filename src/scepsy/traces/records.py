@@ -1,7 +1,7 @@
 """A span on its way into an execution: as a file gives it, and in Scepsy's own words.
 
-These are the only values of which a large reading holds one per span, so they are named tuples: made in a fraction of
-the time of a frozen dataclass, and plain enough to be set aside in bytes.
+These are the only values of which a large reading makes one per span, so they are msgspec's: made in a tenth of the time
+of a frozen dataclass, not looked at by the garbage collector, and set aside in bytes as they are.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
+
+import msgspec
 
 from scepsy.semconv import KIND_AGENT, KIND_LLM, KIND_STEP, KIND_TOOL, KIND_WORKFLOW
 from scepsy_optimizer.errors import ScepsyError
@@ -35,14 +37,14 @@ FROM_CACHE: Final = "from cache"
 """The framework answered from its own cache: no request was sent."""
 
 
-class Event(NamedTuple):
+class Event(msgspec.Struct, gc=False):
     """Something that happened during a span, at `time_ns` since the epoch."""
 
     name: str
     time_ns: int
 
 
-class RawSpan(NamedTuple):
+class RawSpan(msgspec.Struct, gc=False):
     """A span as its file gives it. Times are nanoseconds since the epoch, 0 where they are missing.
 
     `parent` is empty for a span without one; `remote_parent` says that the parent belongs to another process.
@@ -63,7 +65,7 @@ class RawSpan(NamedTuple):
     events: Sequence[Event] = ()
 
 
-class SpanRecord(NamedTuple):
+class SpanRecord(msgspec.Struct, array_like=True, gc=False):
     """A span in Scepsy's words, whatever dialect it came in.
 
     `kind` and `status` are constants from above. `label` is what calls below take as their role, empty for a span that

@@ -7,9 +7,10 @@ Records are set aside in parts by their trace, and read back part by part, so th
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import IO
+from zlib import crc32
 
 import msgspec
 
@@ -21,15 +22,14 @@ _decoder = msgspec.msgpack.Decoder(list[SpanRecord])
 
 
 class Spool:
-    """Records by trace, of which at most `limit` are held in memory at a time while they are added.
+    """Records by trace, of which at most `limit` and one batch are held in memory at a time while they are added.
 
     To be used as a context manager, so that its file goes away.
     """
 
     def __init__(self, *, limit: int = 20_000) -> None:
         self._limit = limit
-        self._held = 0
-        self._parts: list[list[SpanRecord]] = [[] for _ in range(_PARTS)]
+        self._held: list[SpanRecord] = []
         self._chunks: list[list[tuple[int, int]]] = [[] for _ in range(_PARTS)]
         self._file: IO[bytes] | None = None
 
@@ -42,41 +42,60 @@ class Spool:
         if self._file is not None:
             self._file.close()
 
-    def add(self, record: SpanRecord) -> None:
-        """Set a record aside."""
-        self._parts[hash(record[0]) % _PARTS].append(record)
-        self._held += 1
-        if self._held >= self._limit:
+    def add(self, records: Iterable[SpanRecord]) -> None:
+        """Set records aside."""
+        self._held += records
+        if len(self._held) >= self._limit:
             self._write_out()
 
     def traces(self) -> Iterator[tuple[str, list[SpanRecord]]]:
         """Every trace with its records, in the order in which they were added."""
+        held = self._by_part()
         for part in range(_PARTS):
-            traces: dict[str, list[SpanRecord]] = {}
-            for record in self._records(part):
-                traces.setdefault(record.trace, []).append(record)
-            yield from traces.items()
+            yield from _by_trace(self._records(part, held)).items()
 
     def records(self) -> Iterator[SpanRecord]:
         """Every record, in no particular order."""
+        held = self._by_part()
         for part in range(_PARTS):
-            yield from self._records(part)
+            yield from self._records(part, held)
 
-    def _records(self, part: int) -> Iterator[SpanRecord]:
+    def _records(self, part: int, held: list[list[SpanRecord]]) -> list[SpanRecord]:
+        found: list[SpanRecord] = []
         for offset, size in self._chunks[part]:
             assert self._file is not None  # noqa: S101 - a chunk was written to it
             self._file.seek(offset)
-            yield from _decoder.decode(self._file.read(size))
-        yield from self._parts[part]
+            found += _decoder.decode(self._file.read(size))
+        return found + held[part]
+
+    def _by_part(self) -> list[list[SpanRecord]]:
+        """What is in memory, sorted into parts: by a sum of the trace's id, so that the order is always the same."""
+        parts: list[list[SpanRecord]] = [[] for _ in range(_PARTS)]
+        for trace, records in _by_trace(self._held).items():
+            parts[crc32(trace.encode("utf-8", "surrogatepass")) % _PARTS] += records
+        return parts
 
     def _write_out(self) -> None:
         if self._file is None:
             self._file = tempfile.TemporaryFile(prefix="scepsy-spans-")  # noqa: SIM115 - closed with the spool
         offset = self._file.seek(0, 2)
-        for part, records in enumerate(self._parts):
+        for part, records in enumerate(self._by_part()):
             if records:
                 written = self._file.write(_encoder.encode(records))
                 self._chunks[part].append((offset, written))
                 offset += written
-                records.clear()
-        self._held = 0
+        self._held = []
+
+
+def _by_trace(records: Iterable[SpanRecord]) -> dict[str, list[SpanRecord]]:
+    traces: dict[str, list[SpanRecord]] = {}
+    last = None
+    group: list[SpanRecord] = []
+    for record in records:
+        trace = record.trace
+        # Most spans come after one of their own execution.
+        if trace != last:
+            group = traces.setdefault(trace, [])
+            last = trace
+        group.append(record)
+    return traces

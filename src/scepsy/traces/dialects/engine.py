@@ -12,10 +12,10 @@ def _kind(_raw: RawSpan) -> str:
     return SERVER
 
 
-def _refine(raw: RawSpan, record: SpanRecord) -> SpanRecord:
+def _refine(raw: RawSpan, record: SpanRecord) -> None:
     # vLLM's V1 engine names no model: what the service was called is the next best.
-    model = record.model or text(raw.resource, ("service.name",))
-    return record._replace(model=model, detached=not raw.parent)
+    record.model = record.model or text(raw.resource, ("service.name",))
+    record.detached = not raw.parent
 
 
 DIALECT: Final = Dialect(

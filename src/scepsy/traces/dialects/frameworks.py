@@ -13,9 +13,10 @@ _PARTS = re.compile(
 )
 
 
-def with_purpose(record: SpanRecord) -> SpanRecord:
-    """The record of a step, without its label if that is a framework's own name."""
-    return record._replace(label="") if _is_part(record.label) else record
+def keep_purpose(record: SpanRecord) -> None:
+    """Take the label from the record of a step if it is a framework's own name."""
+    if _is_part(record.label):
+        record.label = ""
 
 
 @lru_cache(maxsize=4096)

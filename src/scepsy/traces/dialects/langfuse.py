@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, Final
 
 import msgspec
 
-from scepsy.traces.dialects.frameworks import with_purpose
+from scepsy.traces.dialects.frameworks import keep_purpose
 from scepsy.traces.dialects.table import Dialect, Keys, number
 from scepsy.traces.records import AGENT, FAILED, LLM, STEP, TOOL, WORKFLOW, RawSpan, SpanRecord
 from scepsy.traces.times import parse_time_ns
@@ -22,6 +23,7 @@ TRACE_NAME: Final = "langfuse.trace.name"
 _KINDS: Final = {"generation": LLM, "embedding": LLM, "tool": TOOL, "retriever": TOOL, "agent": AGENT}
 _CLIENTS_OWN = {"input": "prompt_tokens", "output": "completion_tokens"}
 _SIDES = ("input", "output")
+_STEPS = frozenset({"span", "chain", "event"})
 _READ_FROM_CACHE = (
     "input_cache_read",
     "cache_read_input_tokens",
@@ -34,56 +36,74 @@ _READ_FROM_CACHE = (
 def _kind(raw: RawSpan) -> str:
     kind = raw.attributes[TYPE]
     kind = kind.lower() if isinstance(kind, str) else ""
-    if kind in ("span", "chain", "event"):
+    if kind in _STEPS:
         return STEP if raw.parent or kind == "event" else WORKFLOW
     return _KINDS.get(kind, STEP)
 
 
-def _refine(raw: RawSpan, record: SpanRecord) -> SpanRecord:
-    changed: dict[str, Any] = {}
-    if raw.attributes.get(LEVEL) == "ERROR":
-        changed["status"] = FAILED
+def _refine(raw: RawSpan, record: SpanRecord) -> None:
+    attributes = raw.attributes
+    if attributes.get(LEVEL) == "ERROR":
+        record.status = FAILED
     if record.kind != LLM:
-        return with_purpose(record._replace(**changed) if changed else record)
-    usage = _parsed(raw.attributes.get(USAGE))
+        keep_purpose(record)
+        return
+    usage = _parsed(attributes.get(USAGE))
     if isinstance(usage, dict):
+        input_keys, output_keys, cached_keys = _buckets(tuple(usage))
         details = usage.get("prompt_tokens_details")
-        changed["cached_tokens"] = _sum(details if isinstance(details, dict) else usage, _READ_FROM_CACHE)
-        changed["input_tokens"] = _inclusive(usage, "input")
-        changed["output_tokens"] = _inclusive(usage, "output")
-    first = parse_time_ns(_parsed(raw.attributes.get(FIRST_CHUNK_AT)))
-    if first > raw.start_ns:
-        changed["time_to_first_token_s"] = (first - raw.start_ns) / 1e9
+        if isinstance(details, dict):
+            record.cached_tokens = _sum(details, _READ_FROM_CACHE)
+        elif cached_keys:
+            record.cached_tokens = _sum(usage, cached_keys)
+        record.input_tokens = _inclusive(usage, "input", input_keys)
+        record.output_tokens = _inclusive(usage, "output", output_keys)
+    if FIRST_CHUNK_AT in attributes:
+        first_ns = parse_time_ns(_parsed(attributes[FIRST_CHUNK_AT]))
+        if first_ns > raw.start_ns:
+            record.time_to_first_token_s = (first_ns - raw.start_ns) / 1e9
     if not record.model:
-        metadata = _parsed(raw.attributes.get(METADATA))
+        metadata = _parsed(attributes.get(METADATA))
         model = metadata.get("ls_model_name") if isinstance(metadata, dict) else None
-        changed["model"] = model if isinstance(model, str) else ""
-    return record._replace(**changed)
+        record.model = model if isinstance(model, str) else ""
 
 
-def _inclusive(usage: dict[str, Any], side: str) -> int | None:
+@lru_cache(maxsize=4096)
+def _buckets(keys: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Which of the keys count tokens of the input, of the output, and tokens read from a cache."""
+
+    def of(side: str) -> tuple[str, ...]:
+        return tuple(key for key in keys if key == side or key.startswith(f"{side}_"))
+
+    cache = tuple(key for key in ("cache_read_input_tokens", "cache_creation_input_tokens") if key in keys)
+    return of("input") + cache, of("output"), tuple(key for key in _READ_FROM_CACHE if key in keys)
+
+
+def _inclusive(usage: dict[str, Any], side: str, buckets: tuple[str, ...]) -> int | None:
     """Tokens of one side. Langfuse's buckets are disjoint: cached or reasoning tokens are not within the plain ones.
 
     Where plain input and output make up the total already, or have the client's own names, they were counted
     inclusively.
     """
-    from_client = number(usage.get(_CLIENTS_OWN[side]))
-    if from_client is not None:
-        return int(from_client)
-    plain = number(usage.get(side))
-    total = number(usage.get("total"))
-    if plain is not None and total is not None and total == sum(number(usage.get(key)) or 0 for key in _SIDES):
-        return int(plain)
-    found = [number(value) for key, value in usage.items() if key == side or key.startswith(f"{side}_")]
-    if side == "input":
-        found += [number(usage.get("cache_read_input_tokens")), number(usage.get("cache_creation_input_tokens"))]
-    known = [int(value) for value in found if value is not None]
-    return sum(known) if known else None
+    if _CLIENTS_OWN[side] in usage:
+        from_client = number(usage[_CLIENTS_OWN[side]])
+        if from_client is not None:
+            return int(from_client)
+    if "total" in usage:
+        plain, total = number(usage.get(side)), number(usage["total"])
+        if plain is not None and total is not None and total == sum(number(usage.get(key)) or 0 for key in _SIDES):
+            return int(plain)
+    return _sum(usage, buckets)
 
 
 def _sum(usage: dict[str, Any], keys: tuple[str, ...]) -> int | None:
-    known = [int(value) for value in (number(usage.get(key)) for key in keys) if value is not None]
-    return sum(known) if known else None
+    """The sum of the counts under `keys`, None where there is none."""
+    found = None
+    for key in keys:
+        value = number(usage.get(key))
+        if value is not None:
+            found = int(value) if found is None else found + int(value)
+    return found
 
 
 def _parsed(value: object) -> Any:

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import msgspec
 
-from scepsy.traces.dialects.frameworks import with_purpose
+from scepsy.traces.dialects.frameworks import keep_purpose
 from scepsy.traces.dialects.table import Dialect, Keys, text
 from scepsy.traces.records import AGENT, LLM, STEP, TOOL, WORKFLOW, RawSpan, SpanRecord
 
@@ -30,20 +30,23 @@ def _kind(raw: RawSpan) -> str:
     return _KINDS.get(kind, STEP)
 
 
-def _refine(raw: RawSpan, record: SpanRecord) -> SpanRecord:
+def _refine(raw: RawSpan, record: SpanRecord) -> None:
     if record.kind != LLM:
-        return with_purpose(record)
-    changed: dict[str, Any] = {} if raw.parent else {"detached": True}
+        keep_purpose(record)
+        return
+    record.detached = not raw.parent
     if not record.model:
         # Spans of failed calls have the request's parameters only.
-        changed["model"] = _requested_model(raw.attributes)
+        record.model = _requested_model(raw.attributes)
+    if not raw.events:
+        return
     first_ns = next((event.time_ns for event in raw.events if event.name == _FIRST_CHUNK), 0)
     if first_ns > raw.start_ns:
-        changed["time_to_first_token_s"] = (first_ns - raw.start_ns) / 1e9
+        record.time_to_first_token_s = (first_ns - raw.start_ns) / 1e9
         if first_ns > raw.end_ns > 0:
             # The end is when the generator was returned, not when it was read.
-            changed |= {"end_ns": first_ns, "flaw": EARLY_END}
-    return record._replace(**changed) if changed else record
+            record.end_ns = first_ns
+            record.flaw = EARLY_END
 
 
 def _requested_model(attributes: Mapping[str, Any]) -> str:

@@ -37,36 +37,38 @@ _OWN_KINDS: Final = {
     semconv.KIND_LLM: LLM,
     CALL: CALL,
 }
+_TRANSPORT: Final = semconv.TRANSPORT
+_KIND: Final = semconv.KIND
+_OPERATION: Final = semconv.OPERATION
 _OUTCOMES: Final = {"cancelled": FAILED, "interrupted": INTERRUPTED, "abandoned": INTERRUPTED}
 
 
 def _kind(raw: RawSpan) -> str:
-    attributes = raw.attributes
-    if attributes.get(semconv.TRANSPORT) is True:
+    asked = raw.attributes.get
+    if asked(_TRANSPORT) is True:
         return TRANSPORT
-    own = attributes.get(semconv.KIND)
+    own = asked(_KIND)
     if isinstance(own, str) and own in _OWN_KINDS:
         return _OWN_KINDS[own]
-    operation = attributes.get(semconv.OPERATION)
+    operation = asked(_OPERATION)
     return _KINDS.get(operation, STEP) if isinstance(operation, str) else STEP
 
 
-def _refine(raw: RawSpan, record: SpanRecord) -> SpanRecord:
+def _refine(raw: RawSpan, record: SpanRecord) -> None:
     attributes = raw.attributes
-    status = record.status
     outcome = attributes.get(semconv.OUTCOME)
     if isinstance(outcome, str):
-        status = _OUTCOMES.get(outcome, status)
+        record.status = _OUTCOMES.get(outcome, record.status)
     if record.kind != LLM:
-        return record if status == record.status else record._replace(status=status)
+        return
     if attributes.get(semconv.CACHE_HIT) is True:
-        status = FROM_CACHE
+        record.status = FROM_CACHE
     elif outcome == "abandoned" and record.output_tokens is not None:
         # Nobody read the stream to its end, but up to there it was a call like any other.
-        status = OK
+        record.status = OK
     wasted_s, waited_s = number(attributes.get(semconv.WASTED_S)), number(attributes.get(semconv.RETRY_WAIT_S))
-    lost_s = (wasted_s or 0.0) + (waited_s or 0.0)
-    return record._replace(status=status, lost_s=lost_s) if lost_s or status != record.status else record
+    if wasted_s or waited_s:
+        record.lost_s = (wasted_s or 0.0) + (waited_s or 0.0)
 
 
 DIALECT: Final = Dialect(

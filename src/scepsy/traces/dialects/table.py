@@ -40,7 +40,7 @@ class Dialect:
     """How one family of instrumentations writes its spans.
 
     A span is of this dialect if it has one of `marks`; no marks take every span. `kind` names the kind of such a span.
-    `refine` corrects what a table cannot say: it gets the span and its translation and returns a better one; with
+    `refine` corrects in place what a table cannot say: it gets the span and its translation; with
     `refine_if` it is asked only about spans that have one of these keys. `also` names the other keys that the two look
     at: attributes that no dialect names are not even read.
     """
@@ -50,7 +50,7 @@ class Dialect:
     kind: Callable[[RawSpan], str]
     keys: Keys
     also: Sequence[str] = ()
-    refine: Callable[[RawSpan, SpanRecord], SpanRecord] | None = None
+    refine: Callable[[RawSpan, SpanRecord], None] | None = None
     refine_if: Sequence[str] = ()
 
     @property
@@ -63,70 +63,85 @@ class Dialect:
 _TEXTS: Final = ("workflow", "role", "model", "response_id")
 _COUNTS: Final = ("input_tokens", "output_tokens", "cached_tokens")
 _SECONDS: Final = ("time_to_first_token_s", "queue_s")
-_NOTHING_TOLD: Final = tuple(SpanRecord._field_defaults.values())
+_FIELDS: Final = SpanRecord.__struct_fields__
+_NOTHING_TOLD: Final = SpanRecord.__struct_defaults__
 
 
 class Plan:
     """How spans with one set of keys are read: which facts their keys can tell."""
 
-    __slots__ = ("address", "dialect", "error", "label", "numbers", "port", "refine", "texts", "workflow")
+    __slots__ = ("address", "counts", "error", "kind", "label", "port", "refine", "seconds", "texts", "workflow")
 
     def __init__(self, dialect: Dialect, keys: Sequence[str]) -> None:
         def present(fact: str) -> tuple[str, ...]:
             return tuple(key for key in getattr(dialect.keys, fact) if key in keys)
 
         def found(facts: Sequence[str]) -> list[tuple[int, tuple[str, ...]]]:
-            return [(SpanRecord._fields.index(fact), told) for fact in facts if (told := present(fact))]
+            return [(_FIELDS.index(fact), told) for fact in facts if (told := present(fact))]
 
-        self.dialect = dialect
+        self.kind = dialect.kind
         self.label = present("label")
         self.workflow = present("workflow")
         self.error = present("error")
         self.address = present("address")
         self.port = present("port")
         self.texts = found(_TEXTS)
-        self.numbers = [
-            *((index, told, int) for index, told in found(_COUNTS)),
-            *((index, told, float) for index, told in found(_SECONDS)),
-        ]
+        self.counts = found(_COUNTS)
+        self.seconds = found(_SECONDS)
         asked = not dialect.refine_if or any(key in keys for key in dialect.refine_if)
         self.refine = dialect.refine if asked else None
 
 
-_ENDPOINT: Final = SpanRecord._fields.index("endpoint")
+_ENDPOINT: Final = _FIELDS.index("endpoint")
 
 
 def translate(raw: RawSpan, plan: Plan) -> SpanRecord:
     """The span in Scepsy's words."""
-    trace, own, parent, name, start_ns, end_ns, _, attributes, _, failed, remote_parent, _ = raw
-    kind = plan.dialect.kind(raw)
-    if not failed and plan.error:
-        failed = bool(text(attributes, plan.error))
-    status = FAILED if failed else OK
+    attributes = raw.attributes
+    kind = plan.kind(raw)
+    status = FAILED if raw.failed or (plan.error and text(attributes, plan.error)) else OK
     if kind in CALL_LIKE:
         told: list[Any] = [
-            trace, own, parent, name, kind, start_ns, end_ns, status, remote_parent, "", "", *_NOTHING_TOLD,
+            raw.trace, raw.id, raw.parent, raw.name, kind, raw.start_ns, raw.end_ns, status, raw.remote_parent, "", "",
+            *_NOTHING_TOLD,
         ]  # fmt: skip
+        # The first key holds what it should in all but odd spans, and there are millions of spans.
         for index, keys in plan.texts:
-            told[index] = text(attributes, keys)
-        for index, keys, make in plan.numbers:
-            for key in keys:
-                value = number(attributes[key])
-                if value is not None:
-                    told[index] = make(value)
-                    break
+            value = attributes[keys[0]]
+            usual = value.__class__ is str and 0 < len(value) <= _LONGEST_NAME
+            told[index] = value if usual else text(attributes, keys)
+        for index, keys in plan.counts:
+            value = attributes[keys[0]]
+            usual = value.__class__ is int and 0 <= value < _LARGEST
+            told[index] = value if usual else _first_number(attributes, keys, int)
+        for index, keys in plan.seconds:
+            told[index] = _first_number(attributes, keys, float)
         if plan.address:
             address = text(attributes, plan.address)
             port = number(attributes[plan.port[0]]) if plan.port and address else None
             told[_ENDPOINT] = address if port is None else f"{address}:{int(port)}"
-        record = SpanRecord._make(told)
+        record = SpanRecord(*told)
     else:
+        name = raw.name
         label = (plan.label and text(attributes, plan.label)) or name[:_LONGEST_NAME]
         workflow = text(attributes, plan.workflow) if plan.workflow else ""
         record = SpanRecord(
-            trace, own, parent, name, kind, start_ns, end_ns, status, remote_parent, label, workflow
+            raw.trace, raw.id, raw.parent, name, kind, raw.start_ns, raw.end_ns, status, raw.remote_parent, label,
+            workflow,
         )  # fmt: skip
-    return record if plan.refine is None else plan.refine(raw, record)
+    if plan.refine is not None:
+        plan.refine(raw, record)
+    return record
+
+
+def _first_number(
+    attributes: Mapping[str, Any], keys: Sequence[str], make: type[int] | type[float]
+) -> int | float | None:
+    for key in keys:
+        value = number(attributes[key])
+        if value is not None:
+            return make(value)
+    return None
 
 
 def text(attributes: Mapping[str, Any], keys: Sequence[str]) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 from scepsy.semconv import LLM_OPERATIONS
-from scepsy.traces.dialects.frameworks import with_purpose
-from scepsy.traces.dialects.table import Dialect, Keys, text
+from scepsy.traces.dialects.frameworks import keep_purpose
+from scepsy.traces.dialects.table import Dialect, Keys
 from scepsy.traces.records import AGENT, LLM, STEP, TOOL, WORKFLOW, RawSpan, SpanRecord
 
 _FIRST_CHUNKS = frozenset({"gen_ai.content.completion.chunk", "llm.content.completion.chunk"})
@@ -17,24 +18,28 @@ _REQUESTS = frozenset({"chat", "completion", "embedding", "rerank"})
 
 def _kind(raw: RawSpan) -> str:
     attributes = raw.attributes
-    operation = text(attributes, ("gen_ai.operation.name",))
-    if operation in LLM_OPERATIONS or text(attributes, ("llm.request.type",)) in _REQUESTS:
+    if _named(attributes, "gen_ai.operation.name") in LLM_OPERATIONS:
         return LLM
-    return _KINDS.get(text(attributes, ("traceloop.span.kind",)), STEP)
+    if _named(attributes, "llm.request.type") in _REQUESTS:
+        return LLM
+    return _KINDS.get(_named(attributes, "traceloop.span.kind"), STEP)
 
 
-def _refine(raw: RawSpan, record: SpanRecord) -> SpanRecord:
+def _named(attributes: Mapping[str, Any], key: str) -> str:
+    value = attributes.get(key)
+    return value if isinstance(value, str) else ""
+
+
+def _refine(raw: RawSpan, record: SpanRecord) -> None:
     if record.kind != LLM:
-        return with_purpose(record)
-    if record.time_to_first_token_s is not None:
-        return record
-    if not raw.events:
-        return record
+        keep_purpose(record)
+        return
+    if record.time_to_first_token_s is not None or not raw.events:
+        return
     chunks = [event.time_ns for event in raw.events if event.name in _FIRST_CHUNKS]
     # There is an event per chunk, and the SDK keeps only the newest 128: the first that is left may not be the first.
-    if not chunks or len(raw.events) >= 128:
-        return record
-    return record._replace(time_to_first_token_s=max(0, min(chunks) - raw.start_ns) / 1e9)
+    if chunks and len(raw.events) < 128:
+        record.time_to_first_token_s = max(0, min(chunks) - raw.start_ns) / 1e9
 
 
 DIALECT: Final = Dialect(

@@ -21,7 +21,7 @@ def recognises(value: object) -> bool:
 
 def spans(value: Mapping[str, Any], tally: Tally) -> Iterator[RawSpan]:
     """The observations as spans in Langfuse's dialect."""
-    if "observations" not in value:
+    if not isinstance(value.get("observations"), list):
         yield from _observation(value, "", tally)
         return
     inner = value.get("trace")
