@@ -19,7 +19,7 @@ _LARGEST_NODE = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WhatIf:
-    """The same question with one device of a type more (`change` 1) or less (`change` -1).
+    """The same question with one device of a type more (`change` 1) or less (-1), or with the cluster as it is (0).
 
     `plan` is the best plan at the old plan's rate, None where that is out of reach then, for the `reason` given.
     `highest_rate_rps` is what the changed cluster carries at all, 0 where the LLMs do not fit into it.
@@ -40,37 +40,34 @@ def what_if(
     max_utilisation: float = MAX_UTILISATION,
     requirements: Requirements = NO_REQUIREMENTS,
 ) -> tuple[WhatIf, ...]:
-    """What one device more and one less of each type of the plan's cluster would change."""
-    found = []
-    for device_type in plan.cluster.device_types:
-        for change in (1, -1):
-            cluster = (add_device if change > 0 else remove_device)(plan.cluster, device_type)
-            if cluster is None:
-                continue
-            try:
-                rate, _ = highest_rate(
-                    workload, profiles, cluster, max_utilisation=max_utilisation, requirements=requirements
-                )
-            except ScepsyError as error:
-                found.append(
-                    WhatIf(device_type=device_type, change=change, highest_rate_rps=0.0, plan=None, reason=str(error))
-                )
-                continue
-            best, reason = None, ""
-            try:
-                best = optimize(
-                    workload,
-                    profiles,
-                    cluster,
-                    rate_rps=plan.rate_rps,
-                    max_utilisation=max_utilisation,
-                    requirements=requirements,
-                )
-            except ScepsyError as error:
-                reason = str(error)
-            found.append(
-                WhatIf(device_type=device_type, change=change, highest_rate_rps=rate, plan=best, reason=reason)
+    """The plan itself, and what one device more and one less of each type of its cluster would make of it.
+
+    Raises ScepsyError where an LLM has no profile.
+    """
+    types = plan.cluster.device_types
+    changed = [
+        *((device_type, 1, add_device(plan.cluster, device_type)) for device_type in types),
+        *((device_type, -1, less) for device_type in types if (less := remove_device(plan.cluster, device_type))),
+    ]
+    rate, _ = highest_rate(workload, profiles, plan.cluster, max_utilisation=max_utilisation, requirements=requirements)
+    found = [WhatIf(device_type=plan.cluster.device_type, change=0, highest_rate_rps=rate, plan=plan)]
+    for device_type, change, cluster in changed:
+        rate, best, reason = 0.0, None, ""
+        try:
+            rate, _ = highest_rate(
+                workload, profiles, cluster, max_utilisation=max_utilisation, requirements=requirements
             )
+            best = optimize(
+                workload,
+                profiles,
+                cluster,
+                rate_rps=plan.rate_rps,
+                max_utilisation=max_utilisation,
+                requirements=requirements,
+            )
+        except ScepsyError as error:
+            reason = str(error)
+        found.append(WhatIf(device_type=device_type, change=change, highest_rate_rps=rate, plan=best, reason=reason))
     return tuple(found)
 
 

@@ -1,16 +1,24 @@
-"""`scepsy optimize`: from traces to a plan file."""
+"""`scepsy optimize`: from traces to a plan file, or to the frontier of what can be had."""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
+from pydantic import TypeAdapter
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from scepsy.cli.options import add_profiles, add_traces, parse_models, parse_rates
-from scepsy.files import save_plan
-from scepsy.planning import optimize
+from scepsy.cli.answers import changes_table, describe_robustness, frontier_table, shares_table
+from scepsy.cli.options import add_profiles, add_traces, parse_models, parse_numbers, parse_rates
+from scepsy.files import load_plan, load_requirements, save_plan
+from scepsy.planning import Answer, Question, answer, prepare, trace_frontier
 from scepsy.report.tables import plan_table
+from scepsy_optimizer.errors import ScepsyError
+from scepsy_optimizer.frontier import FrontierPoint
+from scepsy_optimizer.questions import PERCENTILES
+from scepsy_optimizer.requirements import Requirements, kept
 
 HELP = "find the allocation of least latency for a rate, place it, and write the plan"
 
@@ -23,33 +31,129 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="such as 8xH100 or 2x8xH100+8xL40S, a cluster file, or auto, local, ray, kubernetes to find it",
     )
-    parser.add_argument(
+    add_profiles(parser)
+    asked = parser.add_argument_group("what is asked for")
+    asked.add_argument(
         "--rate",
         action="append",
         metavar="RATE",
-        help="executions per second to plan for, as traced; or WORKFLOW=RATE, once for each workflow",
+        help="executions per second to plan for, as traced; or WORKFLOW=RATE, once for each workflow; or max",
     )
-    parser.add_argument(
+    asked.add_argument(
         "--max-latency",
         type=float,
         metavar="SECONDS",
-        help="mean latency to keep within: the highest rate that does, or with --rate the fewest devices that do",
+        help="latency to keep within: the highest rate that does, or with a --rate the fewest devices that do",
     )
-    parser.add_argument("-o", "--output", default="plan.yaml", metavar="FILE", help="default: plan.yaml")
-    add_profiles(parser)
+    asked.add_argument(
+        "--percentile",
+        type=int,
+        choices=PERCENTILES,
+        help="--max-latency is on this percentile of a replay, not on the mean",
+    )
+    asked.add_argument(
+        "--frontier",
+        action="store_true",
+        help="no plan: which latencies, rates and numbers of devices can be had together",
+    )
+    asked.add_argument(
+        "--robust",
+        type=float,
+        metavar="QUANTILE",
+        help="plan for this quantile of every LLM's load, such as 0.9, as far as the traces leave it open",
+    )
+    respected = parser.add_argument_group("what the plan must respect")
+    respected.add_argument(
+        "--requirements", metavar="FILE", help="limits and fixed parts of LLMs, weights and limits of workflows"
+    )
+    respected.add_argument("--plan", metavar="OLD", help="the plan that --keep means")
+    respected.add_argument("--keep", action="append", default=[], metavar="LLM", help="as it is in the old plan")
+    respected.add_argument(
+        "--weight",
+        action="append",
+        default=[],
+        metavar="WORKFLOW=NUMBER",
+        help="how much a second of its executions counts (default: 1)",
+    )
+    respected.add_argument(
+        "--limit", action="append", default=[], metavar="WORKFLOW=SECONDS", help="limit on its mean latency"
+    )
+    shown = parser.add_argument_group("what is told")
+    shown.add_argument("--what-if", action="store_true", help="what one device more and one less would change")
+    shown.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    shown.add_argument("-o", "--output", default="plan.yaml", metavar="FILE", help="default: plan.yaml")
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Plan, write, show."""
-    plan = optimize(
+    question = prepare(
         args.traces,
         cluster=args.cluster,
         rate=parse_rates(args.rate) if args.rate else None,
-        max_latency_s=args.max_latency,
+        requirements=_requirements(args),
         profiles=args.profiles,
         models=parse_models(args.model),
     )
-    save_plan(plan, args.output)
-    console.print(plan_table(plan))
+    if args.frontier:
+        return _show_frontier(args, question, console)
+    found = answer(
+        question,
+        max_latency_s=args.max_latency,
+        percentile=args.percentile,
+        robust=args.robust,
+        what_if=args.what_if,
+    )
+    save_plan(found.plan, args.output)
+    if args.json:
+        print(TypeAdapter(Answer).dump_json(found).decode())
+        return 0
+    console.print(plan_table(found.plan))
+    if found.robustness is not None:
+        console.print(describe_robustness(found.plan, found.robustness), soft_wrap=True, markup=False, highlight=False)
+    if found.shares:
+        console.print(shares_table(found.shares))
+    if found.changes:
+        console.print(changes_table(found.plan, found.changes))
     console.print(f"written to {args.output}; start it with: scepsy deploy {Path(args.output)}", soft_wrap=True)
     return 0
+
+
+def _show_frontier(args: argparse.Namespace, question: Question, console: Console) -> int:
+    given = {
+        "--rate": args.rate,
+        "--max-latency": args.max_latency,
+        "--percentile": args.percentile,
+        "--robust": args.robust,
+        "--what-if": args.what_if,
+    }
+    if others := [name for name, value in given.items() if value]:
+        raise ScepsyError(f"--frontier asks for all rates and latencies at once: leave out {', '.join(others)}")
+    screen = Console(stderr=True)
+    columns = (TextColumn("frontier"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as progress:
+        task = progress.add_task("searches")
+        points = trace_frontier(question, lambda done, total: progress.update(task, completed=done, total=total))
+    if args.json:
+        print(TypeAdapter(tuple[FrontierPoint, ...]).dump_json(points).decode())
+    else:
+        console.print(frontier_table(points, question.cluster))
+    return 0
+
+
+def _requirements(args: argparse.Namespace) -> Requirements:
+    """The file's requirements, with those of the command line on top."""
+    found = load_requirements(args.requirements) if args.requirements else Requirements()
+    llms, workflows = dict(found.llms), dict(found.workflows)
+    if args.keep:
+        if args.plan is None:
+            raise ScepsyError(f"--keep {args.keep[0]}: name the plan that it is in with --plan")
+        old = load_plan(args.plan)
+        llms |= {llm: kept(old, llm) for llm in args.keep}
+    elif args.plan is not None:
+        raise ScepsyError(f"--plan {args.plan}: say what to keep of it with --keep LLM")
+    for workflow, weight in parse_numbers("--weight", args.weight).items():
+        workflows[workflow] = replace(found.of_workflow(workflow), weight=weight)
+    for workflow, limit_s in parse_numbers("--limit", args.limit).items():
+        before = workflows.get(workflow, found.of_workflow(workflow))
+        workflows[workflow] = replace(before, latency_limit_s=limit_s)
+    return Requirements(llms=llms, workflows=workflows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from scepsy_optimizer.errors import ScepsyError
 
@@ -56,15 +57,31 @@ def parse_command(words: str | None) -> list[str] | None:
     return None if words is None else shlex.split(words)
 
 
-def parse_rates(texts: Sequence[str]) -> float | Mapping[str, float]:
-    """One rate for all workflows as traced, or WORKFLOW=RATE for each. Raises ScepsyError."""
+def parse_rates(texts: Sequence[str]) -> float | Literal["max"] | Mapping[str, float]:
+    """One rate for all workflows as traced, WORKFLOW=RATE for each, or "max". Raises ScepsyError."""
+    if list(texts) == ["max"]:
+        return "max"
     rates = {}
     for text in texts:
         workflow, _, number = text.rpartition("=")
         try:
             rates[workflow] = float(number)
         except ValueError as error:
-            raise ScepsyError(f"--rate {text!r}: write a number, or WORKFLOW=NUMBER for each workflow") from error
+            raise ScepsyError(f"--rate {text!r}: write a number, WORKFLOW=NUMBER for each, or max") from error
     if len(rates) != len(texts) or ("" in rates and len(rates) > 1):
         raise ScepsyError(f"--rate {' '.join(texts)}: give one rate for all, or one for each workflow")
     return rates.get("", rates)
+
+
+def parse_numbers(option: str, pairs: Sequence[str]) -> dict[str, float]:
+    """NAME=NUMBER pairs of an option as a mapping. Raises ScepsyError."""
+    numbers = {}
+    for pair in pairs:
+        name, _, number = pair.rpartition("=")
+        try:
+            numbers[name] = float(number)
+        except ValueError:
+            name = ""
+        if not name:
+            raise ScepsyError(f"{option} {pair!r}: write WORKFLOW=NUMBER")
+    return numbers
