@@ -80,12 +80,18 @@ PROPORTIONAL = FractionSlowdown(prefill_beta=1.0, decode_beta=1.0, decode_beta_l
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
-    """Where a profile's numbers come from. `source` is "estimate" or "measured"."""
+    """Where a profile's numbers come from. `source` is "estimate" or "measured".
+
+    `hardware` is what the device called itself, `flags` what the engine was started with, `enforcement` how fractions
+    of a device were held.
+    """
 
     source: str
     tool: str
     engine: str
     date: str
+    hardware: str = ""
+    flags: str = ""
     enforcement: str = "none"
     note: str = ""
 
