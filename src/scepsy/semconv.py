@@ -1,7 +1,7 @@
 """Every span attribute name that Scepsy writes or reads of its own dialect, once.
 
 `gen_ai.*`, `server.*` and `error.*` are OpenTelemetry's semantic conventions for generative AI; `scepsy.*` adds only
-what they have no name for. Prompts and answers have no name here: they are not recorded.
+what they have no name for.
 """
 
 from typing import Final
@@ -21,6 +21,8 @@ REASONING_TOKENS: Final = "gen_ai.usage.reasoning.output_tokens"
 CONVERSATION_ID: Final = "gen_ai.conversation.id"
 AGENT_NAME: Final = "gen_ai.agent.name"
 WORKFLOW_NAME: Final = "gen_ai.workflow.name"
+INPUT_MESSAGES: Final = "gen_ai.input.messages"  # these two only where the user asks for prompts and answers
+OUTPUT_MESSAGES: Final = "gen_ai.output.messages"
 TOOL_NAME: Final = "gen_ai.tool.name"
 SERVER_ADDRESS: Final = "server.address"
 SERVER_PORT: Final = "server.port"

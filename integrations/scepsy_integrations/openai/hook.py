@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar, Token
 from typing import Any, Final
 
 from scepsy import semconv
-from scepsy.capture import Exchange, attach, detach, harmless, muted, no_longer, recorder, when_imported
-from scepsy_integrations.openai.answers import describe, watch
+from scepsy.capture import Exchange, attach, detach, harmless, muted, no_longer, recorder, settings, when_imported
+from scepsy_integrations.openai.answers import describe, is_raw
+from scepsy_integrations.openai.content import note_answer, note_question, records_content
+from scepsy_integrations.openai.streams import watch
 
 _OPERATIONS: Final = {
     "/chat/completions": semconv.CHAT,
@@ -28,6 +30,9 @@ _OPERATIONS: Final = {
     "/classify": semconv.RERANK,
 }
 
+_RAW_RESPONSE: Final = "X-Stainless-Raw-Response"
+"""The header by which `with_raw_response` and `with_streaming_response` tell `request` what to return."""
+
 _sending: ContextVar[Exchange | None] = ContextVar("scepsy_openai_sending", default=None)
 
 
@@ -39,7 +44,7 @@ def _begin(client: Any, options: Any, streamed: bool) -> Exchange | None:  # noq
     body = options.json_data
     model = body.get("model") if isinstance(body, dict) else None
     url = client.base_url
-    return Exchange.begin(
+    exchange = Exchange.begin(
         recorder,
         operation,
         model=model if isinstance(model, str) else "",
@@ -48,6 +53,28 @@ def _begin(client: Any, options: Any, streamed: bool) -> Exchange | None:  # noq
         port=url.port or (443 if url.scheme == "https" else 80),
         streamed=streamed,
     )
+    if isinstance(body, dict):
+        if records_content(exchange):
+            note_question(exchange.handle, body)
+        if streamed and settings.include_usage:
+            _ask_for_usage(exchange, options, body)
+    return exchange
+
+
+@harmless
+def _ask_for_usage(exchange: Exchange, options: Any, body: dict[str, Any]) -> None:
+    """Ask for the token counts of a stream, unless the program has said whether it wants them.
+
+    Not where it reads the response itself: there the additional piece could not be kept from it.
+    """
+    if not options.url.endswith("/completions") or "stream_options" in (options.extra_json or ()):
+        return
+    if isinstance(options.headers, Mapping) and _RAW_RESPONSE in options.headers:
+        return
+    chosen = body.get("stream_options") or {}
+    if "include_usage" not in chosen:
+        options.json_data = {**body, "stream_options": {**chosen, "include_usage": True}}
+        exchange.hides_usage = True
 
 
 @harmless
@@ -69,6 +96,8 @@ def _answered(exchange: Exchange, answer: Any) -> None:
         followed = watch(exchange, answer)
         if not followed:
             describe(exchange, answer)
+            if records_content(exchange):
+                note_answer(exchange.handle, answer.parse() if is_raw(answer) else answer)
     finally:
         if not followed:
             exchange.succeed()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from scepsy.capture.content import message, note_content, text_parts, tool_call, tool_response
 from scepsy.capture.context import ContextThreadPoolExecutor, propagate
 from scepsy.capture.decorators import agent, tool, workflow
 from scepsy.capture.exchange import Exchange, end_call
@@ -11,6 +12,7 @@ from scepsy.capture.imports import no_longer, when_imported
 from scepsy.capture.instrumentation import flush, instrument, uninstrument
 from scepsy.capture.recorder import Recorder, muted, recorder
 from scepsy.capture.safety import harmless
+from scepsy.capture.settings import settings
 from scepsy.capture.tasks import guard_task, settle_task
 
 __all__ = [
@@ -31,13 +33,19 @@ __all__ = [
     "harmless",
     "how_ended",
     "instrument",
+    "message",
     "muted",
     "no_longer",
+    "note_content",
     "now_ns",
     "propagate",
     "recorder",
+    "settings",
     "settle_task",
+    "text_parts",
     "tool",
+    "tool_call",
+    "tool_response",
     "uninstrument",
     "when_imported",
     "workflow",

@@ -17,7 +17,7 @@ class Exchange:
     """One request to a server that speaks OpenAI's API, with all attempts that its client makes."""
 
     __slots__ = (
-        "attempt_ns", "attempts", "backoff_ns", "chunks", "end_ns", "failed", "first_ns", "handle", "last_ns", "owned",
+        "attempt_ns", "attempts", "backoff_ns", "chunks", "end_ns", "failed", "first_ns", "handle", "hides_usage", "last_ns", "owned",
         "start_ns", "streamed", "wait_ns", "wasted_ns",
     )  # fmt: skip
 
@@ -36,6 +36,8 @@ class Exchange:
         self.chunks = 0
         self.streamed = False
         self.failed = False
+        self.hides_usage = False
+        """Whether the usage in a stream was asked for on the program's behalf, which does not expect it."""
 
     @classmethod
     def begin(

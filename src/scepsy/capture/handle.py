@@ -216,9 +216,14 @@ class Handle:
 
     def traceparent(self) -> Mapping[str, str]:
         """The W3C headers that make a server's spans children of this one."""
-        carrier: dict[str, str] = {}
-        PROPAGATOR.inject(carrier, self.context)
-        return carrier
+        identity = self.span.get_span_context()
+        if not identity.is_valid:
+            return {}
+        # What OpenTelemetry's propagator writes, without the two contexts that it would be given to read it from.
+        headers = {"traceparent": f"00-{identity.trace_id:032x}-{identity.span_id:016x}-{identity.trace_flags:02x}"}
+        if identity.trace_state:
+            headers["tracestate"] = identity.trace_state.to_header()
+        return headers
 
 
 def how_ended(error: BaseException | None) -> Outcome | None:

@@ -15,6 +15,7 @@ from opentelemetry.trace import TracerProvider
 from scepsy.capture.context import patch_threads, restore_threads
 from scepsy.capture.recorder import recorder
 from scepsy.capture.safety import tell
+from scepsy.capture.settings import Redact, settings
 from scepsy_optimizer.errors import ScepsyError
 
 TRACES_VARIABLE: Final = "SCEPSY_TRACES"
@@ -53,6 +54,9 @@ def instrument(
     directory: str | os.PathLike[str] | None = None,
     provider: TracerProvider | None = None,
     threads: bool = False,
+    record_content: bool | None = None,
+    redact: Redact | None = None,
+    include_usage: bool | None = None,
 ) -> None:
     """Capture every LLM call of this process, or of one client object.
 
@@ -64,10 +68,22 @@ def instrument(
     given gets the files in any case. `threads=True` also carries the current workflow into every new thread and thread
     pool of the process.
 
+    Prompts and answers are recorded only with `record_content=True`, or where
+    $OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT is true. Each of their texts then first goes to `redact`, in the
+    process and at the time of the call; what it returns is recorded, None for nothing. If it raises, the content is
+    dropped, never the call. `include_usage=True`, or $SCEPSY_INCLUDE_USAGE, asks OpenAI-compatible servers for the
+    token counts of streams where the program itself does not, and keeps the additional piece from the program.
+
     Raises ScepsyError if the directory cannot be written or the client is of no supported kind.
     """
     if directory is not None or provider is not None or not _state.destination_chosen:
         _choose_destination(None if directory is None else Path(directory), provider)
+    if record_content is not None:
+        settings.record_content = record_content
+    if redact is not None:
+        settings.redact = redact
+    if include_usage is not None:
+        settings.include_usage = include_usage
     if threads and not _state.threads:
         patch_threads()
         _state.threads = True
@@ -100,6 +116,7 @@ def uninstrument() -> None:
     if _state.threads:
         restore_threads()
         _state.threads = False
+    settings.reset()
     _leave_destination()
 
 

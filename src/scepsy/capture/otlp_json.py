@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from json.encoder import encode_basestring_ascii
 from typing import Any, Final
 
@@ -58,7 +58,7 @@ def _handle(handle: Handle) -> str:
     # By hand, because this runs for every call beside the program, which wants the interpreter for itself.
     parent = f'"parentSpanId":"{handle.parent_id:016x}",' if handle.parent_id else ""
     kind = _CLIENT if handle.kind == semconv.KIND_LLM else _INTERNAL
-    attributes = ",".join([f'{{"key":"{key}","value":{_text(value)}}}' for key, value in handle.attributes.items()])
+    attributes = ",".join([_TEXTS.get(type(value), _any)(key, value) for key, value in handle.attributes.items()])
     return (
         f'{{"traceId":"{handle.trace_id:032x}","spanId":"{handle.span_id:016x}",{parent}'
         f'"name":{encode_basestring_ascii(handle.name)},"kind":{kind},'
@@ -67,10 +67,19 @@ def _handle(handle: Handle) -> str:
     )
 
 
-def _text(value: Attribute) -> str:
-    if isinstance(value, str):
-        return f'{{"stringValue":{encode_basestring_ascii(value)}}}'
-    return json.dumps(_value(value))
+def _string(key: str, value: Any) -> str:
+    return f'{{"key":"{key}","value":{{"stringValue":{encode_basestring_ascii(value)}}}}}'
+
+
+def _integer(key: str, value: Any) -> str:
+    return f'{{"key":"{key}","value":{{"intValue":"{value}"}}}}'
+
+
+def _any(key: str, value: Any) -> str:
+    return f'{{"key":"{key}","value":{json.dumps(_value(value))}}}'
+
+
+_TEXTS: Final[dict[type, Callable[[str, Any], str]]] = {str: _string, int: _integer}
 
 
 def _span(span: ReadableSpan, *, whole: bool) -> dict[str, Any]:
