@@ -7,13 +7,12 @@ carries, which is what the endpoint's balancing comes to.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
 
-from scepsy_optimizer.cluster import Cluster
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.profile import LLMProfile, find_profile
 from scepsy_optimizer.replica import CallShape, CallSpeed, loaded_speeds, saturation_rps
@@ -165,43 +164,6 @@ def replica_kinds(
     ]
 
 
-def list_options(
-    demand: LLMDemand,
-    profiles: Sequence[LLMProfile],
-    cluster: Cluster,
-    *,
-    calls_rps: float,
-    max_units: int,
-    max_utilisation: float = MAX_UTILISATION,
-) -> OptionTable:
-    """Every option of one LLM that carries `calls_rps` within `max_utilisation` and `max_units` tenths of a device.
-
-    `profiles` has one profile for each device type that the LLM may use. The device type of the groups stays empty
-    where the cluster has only one.
-    """
-    shape = CallShape.of(demand)
-    kinds: list[ReplicaKind] = []
-    counts: list[Ints] = []
-    capacities: list[float] = []
-    several = len(cluster.device_types) > 1
-    for profile in profiles:
-        units = cluster.devices_of(profile.device_type) * UNITS_PER_DEVICE
-        largest = cluster.largest_domain_of(profile.device_type)
-        for kind in replica_kinds(profile, max_tensor_parallel_size=largest):
-            saturation = saturation_rps(profile, kind.tensor_parallel_size, float(kind.fraction), shape)
-            if saturation > 0:
-                kinds.append(kind if several else replace(kind, device_type=""))
-                capacities.append(saturation)
-                fewest = max(1, int(np.ceil(calls_rps / (saturation * max_utilisation) - 1e-9)))
-                counts.append(np.arange(fewest, min(max_units, units) // kind.units + 1))
-    matrix = np.zeros((sum(len(column) for column in counts), len(kinds)), dtype=int)
-    row = 0
-    for column, found in enumerate(counts):
-        matrix[row : row + len(found), column] = found
-        row += len(found)
-    return _evaluate(profiles, kinds, np.array(capacities), shape, calls_rps, matrix, max_utilisation)
-
-
 def evaluate_groups(
     demand: LLMDemand,
     profiles: Sequence[LLMProfile],
@@ -229,7 +191,9 @@ def table_of(
     shape = CallShape.of(demand)
     kinds, capacities = _kinds_of(demand, profiles, groups, shape)
     counts = np.array([[group.replicas for group in groups]])
-    return _evaluate(profiles, kinds, capacities, shape, calls_rps, counts, max_utilisation)
+    return evaluate_counts(
+        profiles, kinds, capacities, shape, calls_rps=calls_rps, counts=counts, max_utilisation=max_utilisation
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -299,16 +263,20 @@ def _kinds_of(
     return kinds, np.array(capacities)
 
 
-def _evaluate(
+def evaluate_counts(
     profiles: Sequence[LLMProfile],
     kinds: Sequence[ReplicaKind],
     capacities: Floats,
     shape: CallShape,
+    *,
     calls_rps: float,
     counts: Ints,
-    max_utilisation: float,
+    max_utilisation: float = MAX_UTILISATION,
 ) -> OptionTable:
-    """What each row of replica counts gives: the groups' speeds weighted by their parts of the calls."""
+    """What each row of replica counts gives: the kinds' speeds weighted by their parts of the calls.
+
+    `capacities` are the calls per second that saturate a replica of each kind.
+    """
     totals: Floats = counts @ capacities
     speeds = np.zeros((len(counts), 3))
     for column, kind in enumerate(kinds):

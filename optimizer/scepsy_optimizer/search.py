@@ -23,16 +23,15 @@ from scepsy_optimizer.allocation import (
     Option,
     OptionTable,
     evaluate_groups,
-    list_options,
-    replica_kinds,
     table_of,
 )
 from scepsy_optimizer.cluster import Cluster
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.knapsack import solve
+from scepsy_optimizer.options import capacity_by_units, list_options, make_offer
 from scepsy_optimizer.pipeline import Pipeline, Stage, build_pipeline
 from scepsy_optimizer.profile import LLMProfile, Profiles, profiles_of
-from scepsy_optimizer.replica import CallShape, CallSpeed, saturation_rps
+from scepsy_optimizer.replica import CallSpeed
 from scepsy_optimizer.requirements import (
     NO_REQUIREMENTS,
     LLMRequirements,
@@ -167,9 +166,7 @@ def list_tables(
             )
             continue
         table = list_options(
-            demand,
-            offered,
-            cluster,
+            make_offer(demand, offered, cluster),
             calls_rps=calls_rps,
             max_units=int(fewest[demand.llm] + spare),
             max_utilisation=max_utilisation,
@@ -294,28 +291,20 @@ def _unit_need(
     demand: LLMDemand, profiles: Profiles, cluster: Cluster, max_utilisation: float, required: LLMRequirements
 ) -> Callable[[float], float]:
     """The fewest units that carry a rate of calls, as a function of that rate; infinite where nothing does."""
-    shape = CallShape.of(demand)
     offered = _offered_profiles(profiles, demand.llm, cluster, required)
     if required.fixed:
         option = evaluate_groups(demand, offered, required.fixed, calls_rps=0.0, max_utilisation=max_utilisation)
         return lambda calls_rps: option.units if calls_rps <= option.max_rps * (1 + 1e-9) else float("inf")
-    kinds = []
-    profile = offered[0]
-    for kind in replica_kinds(profile, max_tensor_parallel_size=cluster.largest_domain):
-        capacity = saturation_rps(profile, kind.tensor_parallel_size, float(kind.fraction), shape) * max_utilisation
-        if capacity > 0:
-            kinds.append((capacity, kind.units))
-    most = max_units_of(required, cluster)
+    most_rps = capacity_by_units(
+        make_offer(demand, offered, cluster),
+        max_units=max_units_of(required, cluster),
+        min_replicas=required.min_replicas,
+    )
 
     def need(calls_rps: float) -> float:
-        fewest = min(
-            (
-                float(units * max(required.min_replicas, np.ceil(calls_rps / capacity - 1e-9)))
-                for capacity, units in kinds
-            ),
-            default=float("inf"),
-        )
-        return fewest if fewest <= most else float("inf")
+        needed_rps = calls_rps / max_utilisation * (1 - 1e-9)
+        fewest = int(np.searchsorted(np.where(most_rps > 0, most_rps, -1.0), needed_rps))
+        return float(fewest) if fewest < len(most_rps) else float("inf")
 
     return need
 

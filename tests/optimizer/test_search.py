@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scepsy_optimizer.allocation import even_split, list_options
+from scepsy_optimizer.allocation import even_split
 from scepsy_optimizer.cluster import parse_cluster
 from scepsy_optimizer.errors import ScepsyError
+from scepsy_optimizer.options import list_options, make_offer
 from scepsy_optimizer.pipeline import build_pipeline, paper_latency_s
 from scepsy_optimizer.replica import CallSpeed
 from scepsy_optimizer.search import find_allocation, highest_rate
@@ -41,9 +42,7 @@ def exhaustive(workload, profiles, rate, cluster, units):
         (
             demand.llm,
             list_options(
-                demand,
-                [profiles[demand.llm]],
-                cluster,
+                make_offer(demand, [profiles[demand.llm]], cluster),
                 calls_rps=rate * demand.visits,
                 max_units=units,
             ),

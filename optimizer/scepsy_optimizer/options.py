@@ -1,0 +1,237 @@
+"""Which groups of replicas one LLM is offered: every number of equal replicas, and mixes where they help.
+
+Latency and capacity fall and rise with what an LLM gets in steps, and mixes make the steps finer. Offered are
+
+* every number of replicas of one kind (a tensor parallelism, or a fraction of a device, on a device type);
+* two neighbouring tensor parallelisms in any proportion, on a grid of counts that is dense where they are small;
+* a number of replicas that about carries the load, and the rest of one more device or group in smaller replicas:
+  whole devices in smaller groups, a tenth to nine tenths of a device in fractions, the largest pieces first;
+* with several device types, replicas of one kind on each of two types, on the same grid.
+
+Mixtures of more kinds lie between these in speed and size, since calls spread over replicas in proportion to what each
+carries, so that a mix is as fast as its kinds are on average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations, pairwise
+
+import numpy as np
+
+from scepsy_optimizer.allocation import (
+    MAX_UTILISATION,
+    UNITS_PER_DEVICE,
+    Floats,
+    Ints,
+    OptionTable,
+    ReplicaKind,
+    evaluate_counts,
+    replica_kinds,
+)
+from scepsy_optimizer.cluster import Cluster
+from scepsy_optimizer.profile import LLMProfile
+from scepsy_optimizer.replica import CallShape, saturation_rps
+from scepsy_optimizer.workload import LLMDemand
+
+_GRID = 20
+"""Counts of each of two kinds in a mix, at most: 1 to 8, then growing evenly in proportion."""
+
+_TYPE_GRID = 8
+"""The same for mixes over device types, whose kinds are many."""
+
+_FEW = 4
+"""Replicas beside those that carry the load, up to which the rest of one more is offered in smaller ones."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Offer:
+    """The kinds of replicas that can hold one LLM, and the calls per second that saturate a replica of each.
+
+    `units` are the tenths of a device that a replica takes, `types` the numbers of the kinds' device types in the
+    cluster's order, `limits` the tenths of a device of each type that there are.
+    """
+
+    shape: CallShape
+    profiles: tuple[LLMProfile, ...]
+    kinds: tuple[ReplicaKind, ...]
+    capacities: Floats
+    units: Ints
+    types: Ints
+    limits: Ints
+
+    def units_by_type(self, counts: Ints) -> Ints:
+        """Tenths of a device of each type (columns) that rows of counts take."""
+        taken: Ints = counts @ (self.units[:, None] * (self.types[:, None] == np.arange(len(self.limits))))
+        return taken
+
+
+def make_offer(demand: LLMDemand, profiles: Sequence[LLMProfile], cluster: Cluster) -> Offer:
+    """What one LLM can be offered on a cluster; `profiles` has one profile for each device type that it may use.
+
+    The device type of the kinds stays empty where the cluster has only one.
+    """
+    shape = CallShape.of(demand)
+    several = len(cluster.device_types) > 1
+    kinds: list[ReplicaKind] = []
+    capacities: list[float] = []
+    types: list[int] = []
+    for number, device_type in enumerate(cluster.device_types):
+        largest = cluster.largest_domain_of(device_type)
+        for profile in profiles:
+            if profile.device_type != device_type:
+                continue
+            for kind in replica_kinds(profile, max_tensor_parallel_size=largest):
+                capacity = saturation_rps(profile, kind.tensor_parallel_size, float(kind.fraction), shape)
+                if capacity > 0:
+                    kinds.append(kind if several else replace(kind, device_type=""))
+                    capacities.append(capacity)
+                    types.append(number)
+    return Offer(
+        shape=shape,
+        profiles=tuple(profiles),
+        kinds=tuple(kinds),
+        capacities=np.array(capacities),
+        units=np.array([kind.units for kind in kinds], dtype=int),
+        types=np.array(types, dtype=int),
+        limits=np.array([cluster.devices_of(one) * UNITS_PER_DEVICE for one in cluster.device_types], dtype=int),
+    )
+
+
+def list_options(
+    offer: Offer, *, calls_rps: float, max_units: int, max_utilisation: float = MAX_UTILISATION
+) -> OptionTable:
+    """Every option of one LLM that carries `calls_rps` within `max_utilisation` and `max_units` tenths of a device."""
+    counts = list_counts(offer, needed_rps=calls_rps / max_utilisation, max_units=max_units)
+    return evaluate_counts(
+        offer.profiles,
+        offer.kinds,
+        offer.capacities,
+        offer.shape,
+        calls_rps=calls_rps,
+        counts=counts,
+        max_utilisation=max_utilisation,
+    )
+
+
+def list_counts(offer: Offer, *, needed_rps: float, max_units: int) -> Ints:
+    """Replicas of each kind (columns) of every option (rows) that saturates at no less than `needed_rps`."""
+    found = [np.zeros((0, len(offer.kinds)), dtype=int)]
+    for number, limit in enumerate(offer.limits.tolist()):
+        columns = np.flatnonzero(offer.types == number)
+        units = min(limit, max_units)
+        found += [_pure(offer, column, needed_rps, units) for column in columns.tolist()]
+        found += _neighbours(offer, columns, units)
+        found += [_rests(offer, column, columns, needed_rps, units) for column in columns.tolist()]
+    for first, second in combinations(range(len(offer.limits)), 2):
+        found += _across(offer, np.flatnonzero(offer.types == first), np.flatnonzero(offer.types == second), max_units)
+    counts = np.concatenate(found)
+    taken = offer.units_by_type(counts)
+    fits = (taken <= offer.limits).all(axis=1) & (taken.sum(axis=1) <= max_units)
+    carries = counts @ offer.capacities >= needed_rps * (1 - 1e-9)
+    return _distinct(counts[fits & carries])
+
+
+def _distinct(counts: Ints) -> Ints:
+    """Each row once: two of the rules may offer the same mix."""
+    if len(counts) == 0:
+        return counts
+    mixed = np.count_nonzero(counts, axis=1) > 1
+    rows: Ints = np.concatenate([counts[~mixed], np.unique(counts[mixed], axis=0)])
+    return rows
+
+
+def _pure(offer: Offer, column: int, needed_rps: float, units: int) -> Ints:
+    fewest = max(1, int(np.ceil(needed_rps / offer.capacities[column] - 1e-9)))
+    replicas = np.arange(fewest, units // int(offer.units[column]) + 1)
+    counts = np.zeros((len(replicas), len(offer.kinds)), dtype=int)
+    counts[:, column] = replicas
+    return counts
+
+
+def _neighbours(offer: Offer, columns: Ints, units: int) -> list[Ints]:
+    whole = [int(column) for column in columns if offer.kinds[column].fraction == 1]
+    whole.sort(key=lambda column: int(offer.units[column]))
+    return [_pairs(offer, first, second, units, units, _GRID) for first, second in pairwise(whole)]
+
+
+def _across(offer: Offer, firsts: Ints, seconds: Ints, max_units: int) -> list[Ints]:
+    return [
+        _pairs(
+            offer,
+            int(first),
+            int(second),
+            min(max_units, int(offer.limits[offer.types[first]])),
+            min(max_units, int(offer.limits[offer.types[second]])),
+            _TYPE_GRID,
+        )
+        for first in firsts
+        for second in seconds
+    ]
+
+
+def _pairs(offer: Offer, first: int, second: int, first_units: int, second_units: int, grid: int) -> Ints:
+    """Some replicas of each of two kinds."""
+    ones = _grid(first_units // int(offer.units[first]), grid)
+    others = _grid(second_units // int(offer.units[second]), grid)
+    counts = np.zeros((len(ones) * len(others), len(offer.kinds)), dtype=int)
+    counts[:, first] = np.repeat(ones, len(others))
+    counts[:, second] = np.tile(others, len(ones))
+    return counts
+
+
+def _grid(most: int, size: int) -> Ints:
+    dense = np.arange(1, min(most, 8) + 1)
+    if most <= 8:
+        return dense
+    grown: Ints = np.unique(np.concatenate([dense, np.round(np.geomspace(8, most, size - 7)).astype(int)]))
+    return grown
+
+
+def _rests(offer: Offer, column: int, columns: Ints, needed_rps: float, units: int) -> Ints:
+    """A few counts of one kind, each with every rest of one more in smaller pieces, the largest first."""
+    size = int(offer.units[column])
+    smaller = sorted((int(one) for one in columns if offer.units[one] < size), key=lambda one: -int(offer.units[one]))
+    if offer.kinds[column].fraction < 1 or not smaller:
+        return np.zeros((0, len(offer.kinds)), dtype=int)
+    step = 1 if size == UNITS_PER_DEVICE else UNITS_PER_DEVICE
+    rests = []
+    for rest in range(step, size, step):
+        row, left = np.zeros(len(offer.kinds), dtype=int), rest
+        for one in smaller:
+            row[one], left = divmod(left, int(offer.units[one]))
+        if left == 0:
+            rests.append(row)
+    fewest = int(np.ceil(needed_rps / offer.capacities[column] - 1e-9))
+    bases = np.arange(max(0, fewest - 1), min(fewest + _FEW, units // size) + 1)
+    counts = np.tile(np.array(rests, dtype=int).reshape(len(rests), len(offer.kinds)), (len(bases), 1))
+    counts[:, column] += np.repeat(bases, len(rests))
+    return counts[np.count_nonzero(counts, axis=1) > 1]
+
+
+def capacity_by_units(offer: Offer, *, max_units: int, min_replicas: int = 1) -> Floats:
+    """The most calls per second that an option of at most that many tenths of a device saturates at.
+
+    One entry for each number of tenths from 0 to `max_units`. For clusters of one device type.
+    """
+    best = np.zeros(max_units + 1)
+    columns = np.arange(len(offer.kinds))
+    found = [_pure(offer, column, 0.0, max_units) for column in columns.tolist()]
+    found += _neighbours(offer, columns, max_units)
+    for column in columns.tolist():
+        rests = _rests(offer, column, columns, 0.0, max_units)
+        most = max_units // int(offer.units[column])
+        if len(rests) and most > _FEW:
+            # The rule offers a rest beside any number that about carries the load: here, beside every number.
+            last = rests[rests[:, column] == rests[:, column].max()]
+            more = np.tile(last, (most, 1))
+            more[:, column] += np.repeat(np.arange(most), len(last))
+            found += [more]
+        found += [rests]
+    counts = np.concatenate([np.zeros((0, len(offer.kinds)), dtype=int), *found])
+    units = counts @ offer.units
+    kept = (counts.sum(axis=1) >= min_replicas) & (units <= max_units)
+    np.maximum.at(best, units[kept], (counts @ offer.capacities)[kept])
+    most_rps: Floats = np.maximum.accumulate(best)
+    return most_rps
