@@ -44,11 +44,15 @@ class Span:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Execution:
-    """One run of a workflow: a tree of spans with exactly one root, `spans[0]`, every parent before its children."""
+    """One run of a workflow: a tree of spans with exactly one root, `spans[0]`, every parent before its children.
+
+    `started_ns` is the moment of its start in nanoseconds since the epoch, 0 where nobody knows.
+    """
 
     id: str
     workflow: str
     spans: tuple[Span, ...]
+    started_ns: int = 0
 
     @property
     def makespan_s(self) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import networkx as nx
 
@@ -127,17 +128,32 @@ def call_graph(execution: Execution) -> nx.DiGraph[str]:
     graph: nx.DiGraph[str] = nx.DiGraph()
     for index, call in enumerate(timeline.calls):
         graph.add_node(ids[index], call=call)
-    # For every event, the calls that ended last before it.
+    graph.add_edges_from((ids[source], ids[target]) for source, target in waits(timeline) if source >= 0)
+    return graph
+
+
+def waits(timeline: Timeline) -> list[tuple[int, int]]:
+    """Which call waits for which, transitively reduced, as pairs of indices; -1 is the start of the execution."""
+    found: list[tuple[int, int]] = []
+    # For every event, the calls that ended last before it; for every call, all calls before it, as bits.
     latest: list[frozenset[int]] = []
-    for before, call_index in zip(timeline.predecessors, timeline.call_of, strict=True):
-        sources: frozenset[int] = frozenset().union(*(latest[event] for event in before))
-        if call_index >= 0:
-            graph.add_edges_from((ids[source], ids[call_index]) for source in sources)
-            sources = frozenset({call_index})
+    before_call = [0] * len(timeline.calls)
+    for before, call in zip(timeline.predecessors, timeline.call_of, strict=True):
+        sources = latest[before[0]] if len(before) == 1 else _NOBODY.union(*(latest[event] for event in before))
+        if call >= 0:
+            through = 0
+            for source in sources:
+                through |= before_call[source]
+            # Of two that are waited for, one that the other has waited for itself says nothing more.
+            direct = [source for source in sources if not through >> source & 1]
+            found.extend((source, call) for source in direct or (-1,))
+            before_call[call] = through | sum(1 << source for source in direct)
+            sources = frozenset({call})
         latest.append(sources)
-    reduced: nx.DiGraph[str] = nx.transitive_reduction(graph)
-    reduced.add_nodes_from(graph.nodes(data=True))
-    return reduced
+    return found
+
+
+_NOBODY: Final[frozenset[int]] = frozenset()
 
 
 def retime(executions: Sequence[Execution], durations_s: Mapping[tuple[str, str], float]) -> dict[str, float]:

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from scepsy.report.shape import shape_of
+from scepsy_optimizer.shape import shape_of
 from scepsy.report.summary import executions_needed, summarise, warnings
 from scepsy.traces import Reading
 from scepsy_optimizer.executions import Execution

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from scepsy.report.shape import shape_of
+from scepsy_optimizer.shape import shape_of
 from scepsy.traces import Reading
 from scepsy_optimizer.executions import Execution, Span
 from scepsy_optimizer.timeline import CriticalPath, Timeline, call_graph

@@ -6,7 +6,7 @@ client's), and the request or engine span below one is detail; both lend what th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Final
 
@@ -324,7 +324,8 @@ def _execution(
                 call,
             )
         )
-    return Execution(id=trace, workflow=workflow, spans=msgspec.convert(rows, tuple[Span, ...], from_attributes=True))
+    spans = msgspec.convert(rows, tuple[Span, ...], from_attributes=True)
+    return Execution(id=trace, workflow=workflow, spans=spans, started_ns=start_ns)
 
 
 def _workflow_name(order: Sequence[_Node]) -> str:

@@ -47,9 +47,9 @@ def read_executions(paths: Sequence[str | Path]) -> Reading:
     if no execution is whole.
     """
     tally = Tally()
-    found = sorted(_executions(paths, tally), key=lambda pair: pair[0])
+    found = sorted(iter_executions(paths, tally), key=lambda execution: (execution.started_ns, execution.id))
     return Reading(
-        executions=tuple(execution for _, execution in found),
+        executions=tuple(found),
         dropped=dict(tally.dropped),
         repaired=dict(tally.repaired),
         files=tally.files,
@@ -62,12 +62,6 @@ def iter_executions(paths: Sequence[str | Path], tally: Tally) -> Iterator[Execu
 
     Raises what `read_executions` raises.
     """
-    for _, execution in _executions(paths, tally):
-        yield execution
-
-
-def _executions(paths: Sequence[str | Path], tally: Tally) -> Iterator[tuple[int, Execution]]:
-    """Executions with the moment of their start, in nanoseconds since the epoch."""
     names = LLMNames()
     with Spool() as spool:
         detached: list[SpanRecord] = []
@@ -94,7 +88,7 @@ def _executions(paths: Sequence[str | Path], tally: Tally) -> Iterator[tuple[int
             execution = assemble(trace, records, name_llm=names, tally=tally)
             if execution is not None:
                 whole = True
-                yield min(record.start_ns for record in records), execution
+                yield execution
     if not whole:
         where = ", ".join(map(str, paths))
         raise ScepsyError(f"{where}: no whole execution in {tally.files} file(s): {_describe(tally)}; {_advice(tally)}")
