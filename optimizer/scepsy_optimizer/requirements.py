@@ -112,7 +112,7 @@ NO_REQUIREMENTS = Requirements()
 
 def require_known(requirements: Requirements, workload: Workload, cluster: Cluster) -> None:
     """Raise ScepsyError where a requirement names an LLM, a workflow or a device type that there is not."""
-    llms = [demand.llm for demand in workload.demands]
+    llms = sorted(demand.llm for demand in workload.demands)
     types = sorted({node.device_type for node in cluster.nodes})
     named_types = {name for one in requirements.llms.values() for name in one.only_device_types}
     for kind, named, known in (
