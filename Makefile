@@ -3,11 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 VLLM_VENV := .venv-vllm
+OLDEST_VENV := .venv-oldest
+NEWEST_VENV := .venv-newest
+OLDEST := tests/integrations/oldest.txt
+# What capture's tests import, beside Scepsy itself: the frameworks with their clients, and the tools.
+CAPTURE_TESTS_NEED := '.[langchain,llama-index,openai,otlp]' aiohttp hypothesis langchain-openai langgraph \
+  opentelemetry-instrumentation pytest pytest-asyncio pytest-xdist
 TESTS ?= tests
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format test-vllm test-browser bench wheel clean
+.PHONY: help install demo test check format test-vllm test-versions test-browser bench wheel clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +58,25 @@ $(VLLM_VENV)/.ready:
 
 test-vllm: $(VENV)/.ready $(VLLM_VENV)/.ready ## Run the main job on the real vLLM, on CPU
 	$(BIN)/python -m pytest -m vllm tests/vllm
+
+$(OLDEST_VENV)/.ready: pyproject.toml $(OLDEST)
+	$(PYTHON) -m venv --clear $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST_VENV)/bin/python -m pip install --quiet --constraint $(OLDEST) setuptools llama-index-llms-openai-like \
+	  --editable $(CAPTURE_TESTS_NEED)
+	touch $@
+
+# LlamaIndex's client says that it needs openai below 3, but works with it.
+$(NEWEST_VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv --clear $(NEWEST_VENV)
+	$(NEWEST_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(NEWEST_VENV)/bin/python -m pip install --quiet 'openai>=3' --editable $(CAPTURE_TESTS_NEED)
+	$(NEWEST_VENV)/bin/python -m pip install --quiet --no-deps llama-index-llms-openai llama-index-llms-openai-like
+	touch $@
+
+test-versions: $(OLDEST_VENV)/.ready $(NEWEST_VENV)/.ready ## Test capture on the oldest and the newest frameworks
+	$(OLDEST_VENV)/bin/python -m pytest -n $(WORKERS) tests/integrations tests/capture
+	$(NEWEST_VENV)/bin/python -m pytest -n $(WORKERS) tests/integrations tests/capture
 
 test-browser: $(VENV)/.ready ## Open the report's page in a headless Chromium (one must be installed)
 	$(BIN)/python -m pytest -m browser tests/report

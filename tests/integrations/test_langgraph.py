@@ -1,5 +1,6 @@
 import asyncio
 import operator
+from importlib.metadata import version
 from typing import Annotated, TypedDict
 
 import openai
@@ -12,6 +13,8 @@ from langgraph.types import Command, Send, interrupt
 import scepsy
 from scepsy import semconv
 
+# Before that version nothing tells a graph from a chain.
+MARKS_ITS_GRAPHS = tuple(map(int, version("langgraph").split(".")[:2])) >= (1, 2)
 MODEL = FakeListChatModel(responses=["answer"] * 1000)
 CALL = ("chat FakeListChatModel", [])
 
@@ -105,7 +108,8 @@ def test_a_named_graph_inside_a_workflow_is_an_agent(recorded):
         fan_out(width=1).compile(name="researcher").invoke({"items": []})
 
     main()
-    assert steps(recorded) == [("invoke_workflow main", [("invoke_agent researcher", [("work", [CALL])])])]
+    name = "invoke_agent researcher" if MARKS_ITS_GRAPHS else "researcher"
+    assert steps(recorded) == [("invoke_workflow main", [(name, [("work", [CALL])])])]
 
 
 def test_a_prebuilt_agent_gives_its_own_name_as_role(recorded):
