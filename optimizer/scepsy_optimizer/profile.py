@@ -13,6 +13,8 @@ from scepsy_optimizer.errors import ScepsyError
 
 GIB = 1 << 30
 
+_ATTENTION_SHOWS_TOKENS = 8192
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTimes:
@@ -168,10 +170,12 @@ class StepClock:
 
     Between grid points the tables are interpolated linearly; beyond the last one they continue along its last
     segment, below the first one they stay. A step that decodes and prefills reads the weights once, so the smaller of
-    the two phases' floors is counted once.
+    the two phases' floors is counted once. Attention makes prefill grow with the square of a prompt, the rest with the
+    tokens of the step: `attention_s` is the part per pair of tokens, so that several short prompts in one step cost
+    less than one long prompt, and a later chunk of a long prompt more than its first.
     """
 
-    __slots__ = ("_fraction", "_overlap_s", "_prefill_factor", "_profile", "_steps")
+    __slots__ = ("_bandwidth", "_fraction", "_overlap_s", "_prefill_factor", "_profile", "_steps", "attention_s")
 
     def __init__(self, profile: LLMProfile, tensor_parallel_size: int, fraction: float) -> None:
         self._profile = profile
@@ -182,6 +186,8 @@ class StepClock:
             self._steps.prefill_s[0] * self._prefill_factor,
             self._steps.decode_s[0][0] * profile.slowdown.decode(fraction, 1),
         )
+        self.attention_s = _attention_s(self._steps) * self._prefill_factor
+        self._bandwidth = _bandwidth(self._steps)
 
     @property
     def host_s(self) -> float:
@@ -202,9 +208,14 @@ class StepClock:
         base = interpolate(batch_size, (grid[left], grid[right]), pair) if left != right else pair[0]
         return base * self._profile.slowdown.decode(self._fraction, batch_size)
 
-    def prefill_s(self, tokens: float) -> float:
-        """Time of one step that only computes that many prompt tokens, without the host's part."""
-        return interpolate(tokens, self._steps.prefill_tokens, self._steps.prefill_s) * self._prefill_factor
+    def prefill_s(self, tokens: float, pairs: float | None = None) -> float:
+        """Time of one step that only computes that many prompt tokens, without the host's part.
+
+        `pairs` is the sum of end^2 - start^2 over the chunks [start, end) of the prompts; without it all tokens are
+        those of one prompt, from its start.
+        """
+        alone = interpolate(tokens, self._steps.prefill_tokens, self._steps.prefill_s) * self._prefill_factor
+        return alone if pairs is None else alone + self.attention_s * (pairs - tokens * tokens)
 
     def prefill_times_s(self, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
         """`prefill_s` of many token counts at once."""
@@ -216,15 +227,64 @@ class StepClock:
         times_s: NDArray[np.float64] = found * self._prefill_factor
         return times_s
 
-    def step_s(self, decoding: int, context_tokens: float, prefill_tokens: int) -> float:
-        """Time of one engine step: `decoding` sequences at their mean context plus a chunk of new prompt tokens."""
+    def step_s(
+        self,
+        decoding: int,
+        context_tokens: float,
+        prefill_tokens: int,
+        pairs: float | None = None,
+        contention: float = 1.0,
+    ) -> float:
+        """Time of one engine step: `decoding` sequences at their mean context plus chunks of new prompt tokens.
+
+        `pairs` is as in `prefill_s`, `contention` a factor on decoding where replicas share a device's bandwidth.
+        """
         if decoding and prefill_tokens:
-            work = self.decode_s(decoding, context_tokens) + self.prefill_s(prefill_tokens) - self._overlap_s
+            decode_s = self.decode_s(decoding, context_tokens) * contention
+            work = decode_s + self.prefill_s(prefill_tokens, pairs) - self._overlap_s
         elif decoding:
-            work = self.decode_s(decoding, context_tokens)
+            work = self.decode_s(decoding, context_tokens) * contention
         else:
-            work = self.prefill_s(prefill_tokens)
+            work = self.prefill_s(prefill_tokens, pairs)
         return self._profile.host_s + work
+
+    def bandwidth_share(self, decoding: float, context_tokens: float) -> float:
+        """The part of a device's memory bandwidth that such decode steps take, one after another and undisturbed.
+
+        A step reads the weights and the contexts. What the device can read is the most that any step of the table does.
+        """
+        step_s = self._profile.host_s + self.decode_s(decoding, context_tokens)
+        return _bytes_read(self._steps, decoding, context_tokens) / step_s / self._bandwidth
+
+
+def _attention_s(steps: StepTimes) -> float:
+    """Seconds of prefill per pair of tokens: half the curvature of the table's last three points.
+
+    Never so much that what is left of the table would fall. 0 for tables that end where attention does not show yet.
+    """
+    tokens, times = steps.prefill_tokens, steps.prefill_s
+    if len(tokens) < 3 or tokens[-1] < _ATTENTION_SHOWS_TOKENS:
+        return 0.0
+    slopes = [(times[index] - times[index - 1]) / (tokens[index] - tokens[index - 1]) for index in (-2, -1)]
+    most = min(
+        (times[index] - times[index - 1]) / (tokens[index] ** 2 - tokens[index - 1] ** 2)
+        for index in range(1, len(tokens))
+    )
+    return max(0.0, min(most, (slopes[1] - slopes[0]) / (tokens[-1] - tokens[-3])))
+
+
+def _bytes_read(steps: StepTimes, batch_size: float, context_tokens: float) -> float:
+    """Bytes that one decode step reads on each device."""
+    return steps.weights_gib * GIB + batch_size * context_tokens * steps.kv_bytes_per_token
+
+
+def _bandwidth(steps: StepTimes) -> float:
+    """Bytes per second that the fastest reading decode step of the table reads."""
+    return max(
+        _bytes_read(steps, batch, context) / time
+        for batch, row in zip(steps.batch_sizes, steps.decode_s, strict=True)
+        for context, time in zip(steps.context_tokens, row, strict=True)
+    )
 
 
 def interpolate(x: float, grid: Sequence[float], values: Sequence[float]) -> float:

@@ -2,7 +2,8 @@
 
 Every execution arrives at a given moment and follows its timeline: a call starts when what it waits for has ended, goes
 to the replica of its LLM with the least outstanding work for its fraction (as the endpoint does), and takes the time
-that the engine's steps give it. What the pipeline can only approximate happens here: bursts, queues, full caches.
+that the engine's steps give it. Replicas on fractions of one device share its memory bandwidth. What the pipeline can
+only approximate happens here: bursts, queues, full caches.
 """
 
 from __future__ import annotations
@@ -36,11 +37,28 @@ class ReplayedCall:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LLMUse:
+    """What an LLM's replicas did, of all the time from the first arrival to the last end.
+
+    `busy` is the mean part of that time in which a replica was stepping, `running` and `waiting` the mean numbers of
+    requests in their batches and in their queues, all together; `preemptions` counts sequences that had to be computed
+    again because the KV cache was full.
+    """
+
+    llm: str
+    busy: float
+    running: float
+    waiting: float
+    preemptions: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
     """What a replay gives: `latencies_s` per arrival, in their order, and every call in the order of their ends."""
 
     latencies_s: NDArray[np.float64]
     calls: tuple[ReplayedCall, ...]
+    uses: tuple[LLMUse, ...]
 
     def percentile_s(self, percent: float) -> float:
         """That percentile of the executions' latencies."""
@@ -80,14 +98,18 @@ def replay_on(
         run.at(float(arrival_s), index, 0)
     run.drain()
     latencies_s = np.array(run.ends_s) - np.asarray(arrivals_s, dtype=float)
-    return Replay(latencies_s=latencies_s, calls=tuple(run.calls))
+    span_s = max(run.ends_s, default=0.0) - float(arrivals_s[0]) if len(arrivals_s) else 0.0
+    return Replay(latencies_s=latencies_s, calls=tuple(run.calls), uses=run.uses(span_s))
 
 
 class Stepper(Protocol):
     """What does the steps of a replica: an `Engine`, or several that take turns."""
 
-    def begin(self) -> Stretch | None:
-        """Begin as many steps as are alike; None if there is nothing to do."""
+    def begin(self, *, others_bandwidth: float = 0.0) -> Stretch | None:
+        """Begin as many steps as are alike; None if there is nothing to do.
+
+        `others_bandwidth` is what other replicas on the same device ask of its memory bandwidth.
+        """
 
     def complete(self, stretch: Stretch, steps: int) -> tuple[Hashable, ...]:
         """End a stretch after `steps` of its steps; returns the requests that are finished then."""
@@ -97,6 +119,7 @@ class Stepper(Protocol):
 class Replica:
     """What calls are sent to: `queues` takes them by LLM, `stepper` does the steps, `weight` is for balancing.
 
+    `neighbours` are on fractions of the same device.
     The rest is where it stands: the stretch of steps it is in, since `since_s`; `version` outdates the ends of
     stretches that were cut.
     """
@@ -105,27 +128,36 @@ class Replica:
     queues: Mapping[str, Engine]
     weight: float
     number: int
+    neighbours: tuple[Replica, ...] = ()
     outstanding: int = 0
     stretch: Stretch | None = None
     since_s: float = 0.0
     version: int = 0
+    busy_s: float = 0.0
 
 
 def _replicas_of(plan: Plan, profiles: Profiles) -> tuple[dict[str, list[Replica]], dict[str, float]]:
     """The plan's replicas by LLM, and what calls of each LLM spend outside the engine."""
     found: dict[str, list[Replica]] = {}
     outside_s: dict[str, float] = {}
+    fractional: dict[tuple[str, int], list[Replica]] = {}
     for part in plan.llms:
         if part.llm not in profiles:
             raise ScepsyError(f"replay: no profile for {part.llm!r}")
         profile = find_profile(profiles_of(profiles, part.llm), part.device_type or plan.cluster.device_type)
         outside_s[part.llm] = profile.request_s
         replicas = found.setdefault(part.llm, [])
-        for _ in range(part.replicas):
+        for slot in part.slots:
             engine = Engine(profile, tensor_parallel_size=part.tensor_parallel_size, fraction=part.fraction)
-            replicas.append(
-                Replica(stepper=engine, queues={part.llm: engine}, weight=part.replica_weight, number=len(replicas))
+            replica = Replica(
+                stepper=engine, queues={part.llm: engine}, weight=part.replica_weight, number=len(replicas)
             )
+            replicas.append(replica)
+            if part.fraction < 1:
+                fractional.setdefault((slot.node, slot.devices[0]), []).append(replica)
+    for sharing in fractional.values():
+        for replica in sharing:
+            replica.neighbours = tuple(other for other in sharing if other is not replica)
     return found, outside_s
 
 
@@ -148,6 +180,9 @@ class _Run:
         if missing := sorted(called - self._replicas.keys()):
             raise ScepsyError(f"replay: the executions call {', '.join(missing)}, which the plan does not serve")
         self._successors: dict[int, list[list[int]]] = {}
+        self._running_s = dict.fromkeys(replicas, 0.0)
+        self._waiting_s = dict.fromkeys(replicas, 0.0)
+        self._common: dict[int, dict[str, int]] = {}
         # What each execution still waits for, per event; made when it arrives, dropped when it is over.
         self._open: dict[int, list[int]] = {}
         self._heap: list[tuple[float, int, Replica | None, int, int]] = []
@@ -207,29 +242,61 @@ class _Run:
         timeline = self._timelines[execution]
         request = timeline.calls[timeline.call_of[event]]
         replica = min(self._replicas[request.llm], key=lambda one: ((one.outstanding + 1) / one.weight, one.number))
+        common = self._common_tokens(timeline).get(request.llm)
         replica.queues[request.llm].submit(
             (execution, event),
             prompt_tokens=max(1, request.input_tokens),
             output_tokens=max(1, request.output_tokens),
             cached_tokens=request.cached_tokens,
+            prefix=None if common is None else execution,
+            common_tokens=common or 0,
         )
         replica.outstanding += 1
         if replica.stretch is None:
             self._begin(time_s, replica)
-        elif replica.stretch.steps > 1:
-            # The new request is seen after the step in progress: the stretch ends there.
-            done = int((time_s - replica.since_s) / replica.stretch.step_s) + 1
-            if done < replica.stretch.steps:
+            self._disturb(time_s, replica)
+        else:
+            self._cut(time_s, replica)
+
+    def _common_tokens(self, timeline: Timeline) -> dict[str, int]:
+        """Of each LLM whose calls found prompts cached, the part that was cached before the execution's own calls.
+
+        That much the first call found; what later ones found beyond it must come from those before them.
+        """
+        found = self._common.get(id(timeline))
+        if found is None:
+            found = {}
+            for call in timeline.calls:
+                found.setdefault(call.llm, call.cached_tokens)
+            cached = {call.llm for call in timeline.calls if call.cached_tokens}
+            found = {llm: tokens for llm, tokens in found.items() if llm in cached}
+            self._common[id(timeline)] = found
+        return found
+
+    def _cut(self, time_s: float, replica: Replica) -> None:
+        """End a stretch with the step in progress: the next one is another."""
+        stretch = replica.stretch
+        if stretch is not None and stretch.steps > 1:
+            done = int((time_s - replica.since_s) / stretch.step_s) + 1
+            if done < stretch.steps:
                 replica.version += 1
-                replica.stretch = replace(replica.stretch, steps=done)
+                replica.stretch = replace(stretch, steps=done)
                 self._await(replica)
 
+    def _disturb(self, time_s: float, replica: Replica) -> None:
+        """Let those who share the replica's device see that it has begun or ended to use it."""
+        for other in replica.neighbours:
+            self._cut(time_s, other)
+
     def _begin(self, time_s: float, replica: Replica) -> None:
-        replica.stretch = replica.stepper.begin()
+        others = sum(other.stretch.bandwidth for other in replica.neighbours if other.stretch is not None)
+        replica.stretch = replica.stepper.begin(others_bandwidth=others)
         replica.since_s = time_s
         replica.version += 1
         if replica.stretch is not None:
             self._await(replica)
+        else:
+            self._disturb(time_s, replica)
 
     def _await(self, replica: Replica) -> None:
         assert replica.stretch is not None  # noqa: S101 - both callers have just set it
@@ -238,9 +305,14 @@ class _Run:
 
     def _end_stretch(self, time_s: float, replica: Replica) -> None:
         assert replica.stretch is not None  # noqa: S101 - its end has just come
+        length_s = time_s - replica.since_s
+        replica.busy_s += length_s
+        for llm, queue in replica.queues.items():
+            self._running_s[llm] += length_s * queue.running
+            self._waiting_s[llm] += length_s * queue.waiting
         finished = replica.stepper.complete(replica.stretch, replica.stretch.steps)
         for key in finished:
-            assert isinstance(key, tuple)  # noqa: S101 - the keys that _send has made
+            assert isinstance(key, tuple)  # noqa: S101 - the keys that _submit has made
             execution, event = key
             sent_s = self._sent_s.pop((execution, event))
             replica.outstanding -= 1
@@ -258,3 +330,17 @@ class _Run:
             )
             self.at(time_s, execution, event)
         self._begin(time_s, replica)
+
+    def uses(self, span_s: float) -> tuple[LLMUse, ...]:
+        """What the replicas of every LLM did in that time."""
+        span_s = span_s or 1.0
+        return tuple(
+            LLMUse(
+                llm=llm,
+                busy=sum(replica.busy_s for replica in replicas) / len(replicas) / span_s,
+                running=self._running_s[llm] / span_s,
+                waiting=self._waiting_s[llm] / span_s,
+                preemptions=sum(replica.queues[llm].preemptions for replica in replicas),
+            )
+            for llm, replicas in self._replicas.items()
+        )

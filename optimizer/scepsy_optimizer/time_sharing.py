@@ -64,7 +64,7 @@ class Turns:
         self._current = 0
         self._left_s = turn_s
 
-    def begin(self) -> Stretch | None:
+    def begin(self, *, others_bandwidth: float = 0.0) -> Stretch | None:
         """Begin as many steps as are alike and within the turn, where another engine waits for its own.
 
         A stretch after a switch is one step, as much longer. None if no engine has anything to do.

@@ -21,8 +21,10 @@ class LLMDemand:
     `visits` is the visit ratio, calls per execution, and `visits_by_role` splits it. `parallelism` is the LLM's service
     time over the time that at least one of its calls runs; `overlap` is how many of its calls run, on average, while
     one of them runs, that one included (each within one execution). `longest_tokens` is the
-    largest context of a call. `service_s` is the service demand: time of its calls per execution, without what is known
-    to be queueing. `share` is its part of all LLMs' service time, sum over
+    largest context of a call, `context_tokens` the mean context of a token being decoded, `prompt_pairs` the mean of
+    input^2 - cached^2 tokens (what attention computes for a prompt), `output_cv` the coefficient of variation of the
+    output tokens; 0 where these are not known. `service_s` is the service demand: time of its calls per execution,
+    without what is known to be queueing. `share` is its part of all LLMs' service time, sum over
     executions by sum over executions, with the 95 % bootstrap interval; `share_cv` is the coefficient of variation of
     the share among executions. `critical_visits` counts its calls on the critical path, as traced.
     """
@@ -42,6 +44,9 @@ class LLMDemand:
     share_high: float
     share_cv: float
     critical_visits: float
+    context_tokens: float = 0.0
+    prompt_pairs: float = 0.0
+    output_cv: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +101,8 @@ def aggregate(
     if not llms:
         raise ScepsyError(f"none of the {len(runs)} executions calls an LLM: is the capture of LLM calls turned on?")
     workflows = Counter(run.workflow for run in runs)
-    weights = _weights(runs, workflows, rates_rps)
+    weight_of = weights_of_workflows(workflows, rates_rps)
+    weights = np.array([weight_of[run.workflow] for run in runs])
     service = _service_times(timelines, llms)
     shares, low, high = _shares(service, weights, rng or np.random.default_rng(0), resamples)
     paths = [timeline.critical_path(timeline.traced_s) for timeline in timelines]
@@ -129,22 +135,23 @@ def aggregate(
     )
 
 
-def _weights(
-    runs: Sequence[Execution], workflows: Mapping[str, int], rates_rps: Mapping[str, float] | None
-) -> NDArray[np.float64]:
-    """What each execution counts; all together 1."""
+def weights_of_workflows(executions: Mapping[str, int], rates_rps: Mapping[str, float] | None) -> Mapping[str, float]:
+    """What each execution of a workflow counts, given how many there are of each; over all executions it adds up to 1.
+
+    Raises ScepsyError where `rates_rps` does not name the same workflows.
+    """
     if rates_rps is None:
-        return np.full(len(runs), 1 / len(runs))
-    if rates_rps.keys() != workflows.keys():
+        number = sum(executions.values())
+        return dict.fromkeys(executions, 1 / number)
+    if rates_rps.keys() != executions.keys():
         raise ScepsyError(
-            f"rates are given for {', '.join(sorted(rates_rps))}, the traces hold {', '.join(sorted(workflows))}: "
+            f"rates are given for {', '.join(sorted(rates_rps))}, the traces hold {', '.join(sorted(executions))}: "
             "give each traced workflow a rate"
         )
     if not all(0 < rate < float("inf") for rate in rates_rps.values()):
         raise ScepsyError("the rate of each workflow must be a positive number of executions per second")
-    weights = np.array([rates_rps[run.workflow] / workflows[run.workflow] for run in runs])
-    normed: NDArray[np.float64] = weights / weights.sum()
-    return normed
+    together = sum(rates_rps.values())
+    return {workflow: rates_rps[workflow] / number / together for workflow, number in executions.items()}
 
 
 def _demand(
@@ -170,6 +177,10 @@ def _demand(
         roles[call.role] = roles.get(call.role, 0.0) + weight
     parallelism, overlap = _concurrency(per_run, weights)
     busy = totals > 0
+    counts = np.array([(call.input_tokens, call.cached_tokens, call.output_tokens) for call, _ in calls], dtype=float)
+    inputs, cached, outputs = counts.T
+    parts = np.array([weight for _, weight in calls]) / visits
+    decoded = parts * np.maximum(1.0, outputs)
     return LLMDemand(
         llm=llm,
         visits=visits,
@@ -186,6 +197,9 @@ def _demand(
         share_high=share[2],
         share_cv=_cv(service[busy] / totals[busy], weights[busy]) if busy.any() else 0.0,
         critical_visits=critical_visits,
+        context_tokens=float(decoded @ (inputs + outputs / 2) / decoded.sum()),
+        prompt_pairs=float(parts @ (inputs**2 - cached**2)),
+        output_cv=_cv(outputs, parts),
     )
 
 
