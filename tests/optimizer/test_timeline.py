@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scepsy_optimizer.executions import Call, Execution, Span
-from scepsy_optimizer.timeline import call_graph, compile_timeline, retime
+from scepsy_optimizer.timeline import call_graph, compile_timeline, retime, waits
 
 
 def step(id, parent, start, end, kind="agent"):
@@ -131,3 +131,22 @@ def test_the_call_graph_is_acyclic_and_reduced(run):
     assert nx.is_directed_acyclic_graph(graph)
     assert set(nx.transitive_reduction(graph).edges) == set(graph.edges)
     assert len(graph) == len(run.calls)
+
+
+@given(trees())
+def test_waits_are_the_transitive_reduction_of_all_waits(run):
+    """Against networkx: without the waits that follow from others, and with the ends of calls as the only carriers."""
+    timeline = compile_timeline(run)
+    full = nx.DiGraph()
+    full.add_nodes_from(range(len(timeline.calls)))
+    latest = []
+    for before, index in zip(timeline.predecessors, timeline.call_of, strict=True):
+        sources = set().union(*(latest[event] for event in before))
+        if index >= 0:
+            full.add_edges_from((source, index) for source in sources)
+            sources = {index}
+        latest.append(sources)
+    found = waits(timeline)
+    assert {pair for pair in found if pair[0] >= 0} == set(nx.transitive_reduction(full).edges)
+    assert {target for source, target in found if source < 0} == {node for node in full if full.in_degree(node) == 0}
+    assert len(found) == len(set(found))
