@@ -204,3 +204,22 @@ def topology(cluster: Cluster) -> nx.Graph[Place]:
                     ((hub, ("device", node.name, device)) for device in devices), distance=NVLINK_DISTANCE / 2
                 )
     return graph
+
+
+def same_devices(old: Cluster, new: Cluster) -> dict[tuple[str, int], tuple[str, int]]:
+    """The devices of `old` that `new` has as well: what each is called there, by node name and number in `old`.
+
+    Devices are told apart by their UUIDs where both clusters know them, else by node name and number.
+    """
+    by_uuid = {uuid: (node.name, number) for node in new.nodes for number, uuid in enumerate(node.uuids)}
+    nodes = {node.name: node for node in new.nodes}
+    same = {}
+    for node in old.nodes:
+        here = nodes.get(node.name)
+        for number in range(node.devices):
+            if node.uuids and by_uuid:
+                if node.uuids[number] in by_uuid:
+                    same[node.name, number] = by_uuid[node.uuids[number]]
+            elif here is not None and number < here.devices and here.device_type == node.device_type:
+                same[node.name, number] = (node.name, number)
+    return same
