@@ -79,7 +79,9 @@ class Turns:
             switched_s = self._switch_s
         if switched_s or self._left_s <= 0:
             self._left_s = self._turn_s
-        stretch = self._engines[self._current].begin(max_steps=1 if switched_s else None)
+        stretch = self._engines[self._current].begin(
+            max_steps=1 if switched_s else None, others_bandwidth=others_bandwidth
+        )
         if stretch is None:
             return None
         if switched_s:
