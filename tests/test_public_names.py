@@ -5,9 +5,29 @@ import pytest
 import scepsy
 
 PUBLIC = {
-    *("Cluster", "ContextThreadPoolExecutor", "Deployment", "LLMProfile", "Plan", "ScepsyError", "Workload"),
-    *("agent", "aggregate", "deploy", "estimate", "flush", "instrument", "optimize", "optimize_and_deploy"),
-    *("discover_cluster", "load_cluster", "load_plan", "load_profile", "save_cluster", "save_plan", "save_profile"),
+    *(
+        "Cluster",
+        "ContextThreadPoolExecutor",
+        "Deployment",
+        "LLMProfile",
+        "LLMRequirements",
+        "Plan",
+        "Requirements",
+        "ScepsyError",
+        "WorkflowRequirements",
+        "Workload",
+    ),
+    *("agent", "aggregate", "deploy", "estimate", "flush", "frontier", "instrument", "optimize", "optimize_and_deploy"),
+    *(
+        "discover_cluster",
+        "load_cluster",
+        "load_plan",
+        "load_profile",
+        "load_requirements",
+        "save_cluster",
+        "save_plan",
+        "save_profile",
+    ),
     *("propagate", "read_executions", "tool", "uninstrument", "workflow"),
 }
 

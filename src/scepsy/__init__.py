@@ -21,14 +21,23 @@ if TYPE_CHECKING:
     )
     from scepsy.deployment import Deployment, deploy
     from scepsy.discovery import discover_cluster
-    from scepsy.files import load_cluster, load_plan, load_profile, save_cluster, save_plan, save_profile
-    from scepsy.planning import aggregate, optimize, optimize_and_deploy
+    from scepsy.files import (
+        load_cluster,
+        load_plan,
+        load_profile,
+        load_requirements,
+        save_cluster,
+        save_plan,
+        save_profile,
+    )
+    from scepsy.planning import aggregate, frontier, optimize, optimize_and_deploy
     from scepsy.profiling import estimate
     from scepsy.traces import read_executions
     from scepsy_optimizer.cluster import Cluster
     from scepsy_optimizer.errors import ScepsyError
     from scepsy_optimizer.plan import Plan
     from scepsy_optimizer.profile import LLMProfile
+    from scepsy_optimizer.requirements import LLMRequirements, Requirements, WorkflowRequirements
     from scepsy_optimizer.workload import Workload
 
 __version__ = "0.1.0"
@@ -38,8 +47,11 @@ _HOMES = {
     "ContextThreadPoolExecutor": "scepsy.capture",
     "Deployment": "scepsy.deployment",
     "LLMProfile": "scepsy_optimizer.profile",
+    "LLMRequirements": "scepsy_optimizer.requirements",
     "Plan": "scepsy_optimizer.plan",
+    "Requirements": "scepsy_optimizer.requirements",
     "ScepsyError": "scepsy_optimizer.errors",
+    "WorkflowRequirements": "scepsy_optimizer.requirements",
     "Workload": "scepsy_optimizer.workload",
     "agent": "scepsy.capture",
     "aggregate": "scepsy.planning",
@@ -47,10 +59,12 @@ _HOMES = {
     "discover_cluster": "scepsy.discovery",
     "estimate": "scepsy.profiling",
     "flush": "scepsy.capture",
+    "frontier": "scepsy.planning",
     "instrument": "scepsy.capture",
     "load_cluster": "scepsy.files",
     "load_plan": "scepsy.files",
     "load_profile": "scepsy.files",
+    "load_requirements": "scepsy.files",
     "optimize": "scepsy.planning",
     "optimize_and_deploy": "scepsy.planning",
     "propagate": "scepsy.capture",
@@ -68,8 +82,11 @@ __all__ = [
     "ContextThreadPoolExecutor",
     "Deployment",
     "LLMProfile",
+    "LLMRequirements",
     "Plan",
+    "Requirements",
     "ScepsyError",
+    "WorkflowRequirements",
     "Workload",
     "agent",
     "aggregate",
@@ -77,10 +94,12 @@ __all__ = [
     "discover_cluster",
     "estimate",
     "flush",
+    "frontier",
     "instrument",
     "load_cluster",
     "load_plan",
     "load_profile",
+    "load_requirements",
     "optimize",
     "optimize_and_deploy",
     "propagate",

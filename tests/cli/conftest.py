@@ -65,6 +65,27 @@ def traces(tmp_path):
 
 
 @pytest.fixture
+def two_workflows(tmp_path):
+    """Ten essays and ten poems: both need the writer, essays a generator as well."""
+    folder = tmp_path / "two"
+    folder.mkdir()
+    lines = []
+    for trace in range(1, 21):
+        workflow = "essay" if trace % 2 else "poem"
+        root = {"gen_ai.operation.name": "invoke_workflow", "gen_ai.workflow.name": workflow}
+        seconds = 1 + trace % 4
+        spans = [span(trace, 1, 0, workflow, 0, seconds + 3.5, **root)]
+        if workflow == "essay":
+            spans.append(llm(trace, 2, "generator", 0.1, 0.1 + seconds, 300, 50 * seconds))
+            spans.append(llm(trace, 3, "writer", seconds + 0.2, seconds + 3.2, 600, 200))
+        else:
+            spans.append(llm(trace, 2, "writer", 0.1, 0.1 + seconds, 900, 100 * seconds))
+        lines.append(line(spans))
+    (folder / "spans.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture
 def scepsy(capsys):
     """Run a command line in this process: exit code, output, errors."""
 

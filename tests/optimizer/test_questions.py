@@ -1,11 +1,17 @@
-import pytest
+import itertools
 
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scepsy_optimizer.allocation import MAX_UTILISATION, Choice, evaluate_groups, replica_kinds
 from scepsy_optimizer.cluster import parse_cluster
 from scepsy_optimizer.errors import ScepsyError
+from scepsy_optimizer.pipeline import build_pipeline
 from scepsy_optimizer.placement import check_placement
-from scepsy_optimizer.planner import optimize
+from scepsy_optimizer.planner import find_plans, optimize, with_replay
 from scepsy_optimizer.questions import optimize_devices, optimize_rate
-from scepsy_optimizer.search import find_allocation
+from scepsy_optimizer.search import find_allocation, highest_rate
 from scepsy_optimizer.workload import aggregate
 
 CLUSTER = parse_cluster("4xH100")
@@ -72,3 +78,94 @@ def test_the_fewest_devices_are_a_limit(workload, profiles):
     assert fewer is None or fewer.latency_s > limit_s
     with pytest.raises(ScepsyError, match="is out of reach on 4 H100: the least is"):
         optimize_devices(workload, profiles, CLUSTER, rate_rps=2.0, latency_s=limit_s / 10)
+
+
+def exhaustive(workload, profiles, rate, devices=2):
+    """Units and true mean makespan of every combination of groups of equal replicas that carries the rate."""
+    tables = []
+    for demand in workload.demands:
+        offers = []
+        for kind in replica_kinds(profiles[demand.llm], max_tensor_parallel_size=devices):
+            for replicas in range(1, devices * 10 // kind.units + 1):
+                group = Choice(
+                    tensor_parallel_size=kind.tensor_parallel_size, fraction=kind.fraction, replicas=replicas
+                )
+                option = evaluate_groups(demand, [profiles[demand.llm]], (group,), calls_rps=rate * demand.visits)
+                if option.utilisation <= MAX_UTILISATION * (1 + 1e-9):
+                    offers.append((demand.llm, option))
+        tables.append(offers)
+    for chosen in itertools.product(*tables):
+        units = sum(option.units for _, option in chosen)
+        if units <= devices * 10:
+            speeds = {llm: option.speed for llm, option in chosen}
+            yield units, build_pipeline(workload, speeds).built_latency_s
+
+
+@pytest.mark.parametrize("slack", [1.05, 2.0])
+def test_both_limits_are_those_of_exhaustive_search(workload, profiles, slack):
+    cluster = parse_cluster("2xH100")
+    rate = 3.0
+    limit_s = min(latency_s for _, latency_s in exhaustive(workload, profiles, rate)) * slack
+    fewest = min(units for units, latency_s in exhaustive(workload, profiles, rate) if latency_s <= limit_s)
+    plan = optimize_devices(workload, profiles, cluster, rate_rps=rate, latency_s=limit_s)
+    assert round(used(plan) * 10) <= fewest
+    assert plan.prediction is not None
+    assert plan.prediction.latency_s <= limit_s
+    low, high = rate, highest_rate(workload, profiles, cluster)[0]
+    while high - low > 0.01 * high:
+        middle = (low + high) / 2
+        within = any(latency_s <= limit_s for _, latency_s in exhaustive(workload, profiles, middle))
+        low, high = (middle, high) if within else (low, middle)
+    assert optimize_rate(workload, profiles, cluster, latency_s=limit_s).rate_rps >= low * 0.998
+
+
+def test_without_a_limit_the_highest_rate_is_that_of_saturation(workload, profiles):
+    plan = optimize_rate(workload, profiles, CLUSTER)
+    assert plan.rate_rps == highest_rate(workload, profiles, CLUSTER)[0]
+    assert plan.prediction is not None
+    assert plan.prediction.max_rate_rps == pytest.approx(plan.rate_rps, rel=1e-3)
+
+
+def p95_s(plan):
+    return plan.prediction.replayed.p95_s
+
+
+def test_a_percentile_is_kept_by_the_replay_of_the_answer(workload, profiles):
+    cluster = parse_cluster("1xH100")
+    light = with_replay(optimize(workload, profiles, cluster, rate_rps=0.01), profiles, workload, 0)
+    limit_s = p95_s(light) * 1.1
+    asked = {"latency_s": limit_s, "percentile": 95, "replay_seed": 0}
+    highest = optimize_rate(workload, profiles, cluster, **asked)
+    assert p95_s(highest) <= limit_s
+    assert p95_s(with_replay(highest, profiles, workload, 0)) == p95_s(highest)
+    beyond = find_plans(workload, profiles, cluster, rate_rps=highest.rate_rps * 1.02)
+    assert all(p95_s(with_replay(plan, profiles, workload, 0)) > limit_s for plan in beyond)
+    fewest = optimize_devices(workload, profiles, cluster, rate_rps=highest.rate_rps / 2, **asked)
+    assert p95_s(fewest) <= limit_s
+    assert used(fewest) < used(highest)
+    with pytest.raises(ScepsyError, match="a p95 latency of .* is out of reach on 1 H100, even without load"):
+        optimize_rate(workload, profiles, cluster, latency_s=0.1, percentile=95)
+    with pytest.raises(ScepsyError, match=r"a p99 latency of .* at 1 executions/s is out of reach"):
+        optimize_devices(workload, profiles, cluster, rate_rps=1.0, latency_s=0.1, percentile=99)
+
+
+def test_percentiles_that_cannot_be_asked_for(workload, profiles):
+    with pytest.raises(ScepsyError, match="percentile 90: a replay tells 50, 95, 99"):
+        optimize_rate(workload, profiles, CLUSTER, latency_s=5.0, percentile=90)
+    with pytest.raises(ScepsyError, match="belongs to a latency limit"):
+        optimize_rate(workload, profiles, CLUSTER, percentile=95)
+
+
+@settings(max_examples=20, deadline=None)
+@given(rates=st.tuples(st.floats(0.1, 12), st.floats(0.1, 12)), units=st.tuples(st.integers(2, 40), st.integers(2, 40)))
+def test_more_devices_are_never_worse_and_a_higher_rate_never_faster(workload, profiles, rates, units):
+    def least_s(rate, budget):
+        plans = find_plans(workload, profiles, CLUSTER, rate_rps=rate, max_units=budget)
+        return (plans[0].prediction.latency_s, plans[0].prediction.lower_bound_s) if plans else (float("inf"),) * 2
+
+    (slow, fast), (few, many) = sorted(rates), sorted(units)
+    best_s, bound_s = least_s(slow, many)
+    for worse_s, _ in (least_s(slow, few), least_s(fast, many)):
+        # A search may end within its certificate of the optimum, and no further off.
+        assert bound_s <= worse_s + 1e-9
+        assert best_s <= worse_s + (best_s - bound_s) + 1e-9 if worse_s < float("inf") else True

@@ -95,7 +95,7 @@ fixed = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(a=limits | fixed, b=limits, rate=st.sampled_from([0.3, 2.0, 6.0]))
 def test_the_search_under_requirements_is_the_best_of_what_they_leave(workload, profiles, a, b, rate):
     requirements = Requirements(llms={"a": a, "b": b})
