@@ -55,7 +55,8 @@ class Workload:
 
     `workflows` counts the executions by workflow. `latency_s` and `latency_cv` are the mean makespan and its
     coefficient of variation, `tool_s` the mean part of the critical path that no LLM spends. `timelines` are the
-    executions themselves, for retiming; `weights`, which add up to 1, say how much each counts in every mean.
+    executions themselves, or a sample of very many, for retiming; `weights`, which add up to 1, say how much each
+    counts in every mean.
     """
 
     workflows: Mapping[str, int]
@@ -68,8 +69,8 @@ class Workload:
 
     @property
     def executions(self) -> int:
-        """Number of executions."""
-        return len(self.timelines)
+        """Number of executions that were aggregated."""
+        return sum(self.workflows.values())
 
     def demand(self, llm: str) -> LLMDemand:
         """The demand for one LLM. Raises ScepsyError if no call names it."""

@@ -1,7 +1,10 @@
 import pytest
 
+from scepsy.report.summary import summarise
 from scepsy.traces import Reading
 from scepsy_optimizer.executions import Call, Execution, Span
+from scepsy_optimizer.totals import total
+from scepsy_optimizer.totals_workload import workload_of
 
 
 def span(own, parent, start, end, *, kind="agent", name=None, llm=None, role="", tokens=(100, 10), queue_s=None):
@@ -37,6 +40,17 @@ def make_execution():
 @pytest.fixture
 def make_span():
     return span
+
+
+@pytest.fixture
+def summarised():
+    """The report on a reading, as the command makes it."""
+
+    def make(reading, *, limits=None, **options):
+        totals = total(reading.executions, limits=limits)
+        return summarise(reading, totals, workload_of(totals), **options)
+
+    return make
 
 
 @pytest.fixture

@@ -6,16 +6,14 @@ import subprocess
 import pytest
 
 from scepsy.report.page import render_page, write_page
-from scepsy.report.summary import summarise
 from scepsy_optimizer.errors import ScepsyError
-from scepsy_optimizer.workload import aggregate
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 
 
 @pytest.fixture
-def summary(reading):
-    return summarise(reading, aggregate(reading.executions))
+def summary(reading, summarised):
+    return summarised(reading)
 
 
 def test_the_page_holds_the_summary_and_nothing_of_the_network(summary):

@@ -3,19 +3,15 @@ from dataclasses import replace
 
 import pytest
 
-from scepsy_optimizer.shape import shape_of
-from scepsy.report.summary import executions_needed, summarise, warnings
+from scepsy.report.summary import executions_needed, warnings
 from scepsy.traces import Reading
 from scepsy_optimizer.executions import Execution
+from scepsy_optimizer.shape import shape_of
 from scepsy_optimizer.workload import aggregate
 
 
-def summary_of(reading):
-    return summarise(reading, aggregate(reading.executions))
-
-
-def test_the_critical_path_adds_up_to_the_latency(reading):
-    summary = summary_of(reading)
+def test_the_critical_path_adds_up_to_the_latency(reading, summarised):
+    summary = summarised(reading)
     parts = summary["critical_path_s"]
     assert sum(parts["llms"].values()) + parts["outside_llms"] == pytest.approx(summary["latency_s"], rel=1e-12)
     # b is longer than a, so that only it and c are waited for: 4 and 3 of 10, the rest is outside.
@@ -23,8 +19,8 @@ def test_the_critical_path_adds_up_to_the_latency(reading):
     assert parts["llms"]["big"] == pytest.approx(0.3 * summary["latency_s"])
 
 
-def test_roles_add_up_to_shares_and_visits(reading):
-    summary = summary_of(reading)
+def test_roles_add_up_to_shares_and_visits(reading, summarised):
+    summary = summarised(reading)
     for llm in summary["llms"]:
         mine = [role for role in summary["roles"] if role["llm"] == llm["llm"]]
         assert sum(role["share"] for role in mine) == pytest.approx(llm["share"])
@@ -34,11 +30,11 @@ def test_roles_add_up_to_shares_and_visits(reading):
     }  # fmt: skip
 
 
-def test_transitions_are_waits(reading):
+def test_transitions_are_waits(reading, summarised):
     """The last call waits for both before it; a tool in between carries the wait."""
     edges = {
         (tuple(edge["from"]) if edge["from"] else None, tuple(edge["to"])): edge["per_execution"]
-        for edge in summary_of(reading)["transitions"]
+        for edge in summarised(reading)["transitions"]
     }
     write = ("big", "write [it]")
     assert edges[None, ("big", "plan")] == edges[None, ("small", "plan")] == 1
@@ -46,28 +42,28 @@ def test_transitions_are_waits(reading):
     assert sum(edges.values()) == pytest.approx(len(edges))
 
 
-def test_workflows_are_told_apart(reading):
-    summary = summary_of(reading)
+def test_workflows_are_told_apart(reading, summarised):
+    summary = summarised(reading)
     assert [flow["executions"] for flow in summary["workflows"]] == [15, 15]
     for flow in summary["workflows"]:
         assert (flow["width"]["max"], flow["depth"]["max"], flow["recursion"], flow["calls"]) == (2, 2, 1, 3)
         assert sum(flow["latency_s"]["counts"]) == 15
 
 
-def test_it_is_json_and_timelines_come_from_short_to_long(reading):
-    summary = json.loads(json.dumps(summary_of(reading), allow_nan=False))
+def test_it_is_json_and_timelines_come_from_short_to_long(reading, summarised):
+    summary = json.loads(json.dumps(summarised(reading), allow_nan=False))
     lengths = [run["makespan_s"] for run in summary["timelines"]]
     assert lengths == sorted(lengths)
     assert len(lengths) == 30
     spans = summary["timelines"][0]["spans"]
     assert [row[0] for row in spans] == [-1, 0, 1, 1, 0, 0]
     assert [row[-1] for row in spans if len(row) > 5] == [False, True, True]
-    assert "timelines" not in summarise(reading, aggregate(reading.executions), timelines=False)
+    assert "timelines" not in summarised(reading, timelines=False)
 
 
-def test_many_executions_are_thinned_for_drawing_only(make_execution):
+def test_many_executions_are_thinned_for_drawing_only(make_execution, summarised):
     runs = tuple(make_execution(number, stretch=1 + number / 100) for number in range(500))
-    summary = summary_of(Reading(executions=runs))
+    summary = summarised(Reading(executions=runs))
     assert len(summary["timelines"]) == 200
     assert summary["timelines"][0]["makespan_s"] == 10
     assert summary["timelines"][-1]["makespan_s"] == pytest.approx(59.9)
@@ -83,12 +79,12 @@ def test_more_executions_narrow_the_interval(reading):
     assert executions_needed(replace(demand, share=0.0), 100) is None
 
 
-def test_warnings_speak_of_queueing_and_of_too_few(make_execution):
-    unknown = warnings(summary_of(Reading(executions=(make_execution(1),))))
+def test_warnings_speak_of_queueing_and_of_too_few(make_execution, summarised):
+    unknown = warnings(summarised(Reading(executions=(make_execution(1),))))
     assert "not recorded" in unknown[0]
     assert "One execution" in unknown[1]
     runs = tuple(make_execution(number, queue_s=1.0) for number in range(4))
-    (queued,) = warnings(summary_of(Reading(executions=runs)))
+    (queued,) = warnings(summarised(Reading(executions=runs)))
     assert queued.startswith("30% of the calls' time was queueing")
 
 

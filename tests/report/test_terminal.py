@@ -2,14 +2,13 @@ import io
 
 from rich.console import Console
 
-from scepsy.report.summary import summarise
 from scepsy.report.terminal import print_report
 from scepsy_optimizer.workload import aggregate
 
 
-def test_the_terminal_tells_the_same(reading):
+def test_the_terminal_tells_the_same(reading, summarised):
     workload = aggregate(reading.executions)
-    summary = summarise(reading, workload, timelines=False)
+    summary = summarised(reading, timelines=False)
     out = io.StringIO()
     print_report(summary, workload, Console(file=out, width=120, color_system=None))
     shown = out.getvalue()

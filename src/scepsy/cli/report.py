@@ -8,10 +8,12 @@ import json
 from rich.console import Console
 
 from scepsy.cli.options import add_traces
+from scepsy.report.progress import LateProgress
 from scepsy.report.summary import summarise
 from scepsy.report.terminal import print_report
-from scepsy.traces import read_executions
-from scepsy_optimizer.workload import aggregate
+from scepsy.traces import Tally, iter_executions
+from scepsy_optimizer.totals import total
+from scepsy_optimizer.totals_workload import workload_of
 
 HELP = "show what the traced executions ask of each LLM, and how sure that is"
 
@@ -25,16 +27,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Read, aggregate, show."""
-    reading = read_executions(args.traces)
-    workload = aggregate(reading.executions)
+    tally = Tally()
+    with LateProgress("reading traces", Console(stderr=True)) as progress:
+        totals = total(iter_executions(args.traces, tally, on_progress=progress))
+    workload = workload_of(totals)
     if args.html:
         from scepsy.report.page import write_page
 
-        write_page(summarise(reading, workload), args.html)
+        write_page(summarise(tally, totals, workload), args.html)
     if args.json:
-        print(json.dumps(summarise(reading, workload, timelines=False)))
+        print(json.dumps(summarise(tally, totals, workload, timelines=False)))
         return 0
-    print_report(summarise(reading, workload, timelines=False), workload, console)
+    print_report(summarise(tally, totals, workload, timelines=False), workload, console)
     if args.html:
         console.print(f"written to {args.html}", soft_wrap=True)
     return 0

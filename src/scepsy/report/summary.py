@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
-from scepsy_optimizer.shape import shape_of
-from scepsy.traces import Reading
+from scepsy.traces import Reading, Tally
 from scepsy_optimizer.executions import Execution, Span
-from scepsy_optimizer.timeline import CriticalPath, Timeline, call_graph
+from scepsy_optimizer.timeline import CriticalPath, Timeline
+from scepsy_optimizer.totals import FlowTotals, Peak, Sum, Totals
 from scepsy_optimizer.workload import LLMDemand, Workload
 
 FORMAT: Final = "scepsy-report/1"
@@ -21,38 +21,47 @@ PRECISION: Final = 0.1
 
 _SHOWN_EXECUTIONS = 200
 _SHOWN_SPANS = 2000
-_GRAPHED_EXECUTIONS = 300
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _BINS = 24
 
+_Floats = NDArray[np.float64]
 
-def summarise(reading: Reading, workload: Workload, *, timelines: bool = True) -> dict[str, Any]:
-    """The report on a reading and its workload (`aggregate(reading.executions)`), ready to be written as JSON.
 
-    `timelines` adds the spans of up to 200 executions, from the shortest to the longest, for drawing.
+def summarise(
+    account: Tally | Reading, totals: Totals, workload: Workload, *, timelines: bool = True
+) -> dict[str, Any]:
+    """The report on the totals of executions and their workload (`workload_of(totals)`), ready to be written as JSON.
+
+    `account` says what was read and what was left out. Quantiles and histograms are those of the sample, which holds
+    all executions where there are not too many; everything else is of all. `timelines` adds the spans of up to 200
+    executions of the sample, from the shortest to the longest, for drawing.
     """
-    executions = reading.executions
     paths = [timeline.critical_path(timeline.traced_s) for timeline in workload.timelines]
+    mixture = _Mixture(totals, workload)
     summary: dict[str, Any] = {
         "format": FORMAT,
-        "executions": len(executions),
-        "calls": sum(len(timeline.calls) for timeline in workload.timelines),
-        "spans": reading.spans,
-        "files": reading.files,
+        "executions": totals.executions,
+        "sampled": len(workload.timelines),
+        "calls": totals.calls,
+        "spans": account.spans,
+        "files": account.files,
         "latency_s": workload.latency_s,
         "latency_cv": workload.latency_cv,
         "tool_s": workload.tool_s,
-        "workflows": _workflows(executions, workload, paths),
-        "llms": [_llm(demand, workload) for demand in workload.demands],
-        "roles": _roles(workload),
-        "critical_path_s": _critical(workload, paths),
-        "transitions": _transitions(executions),
-        "queueing": _queueing(workload.timelines),
-        "dropped": dict(sorted(reading.dropped.items())),
-        "repaired": dict(sorted(reading.repaired.items())),
+        "workflows": _workflows(totals, workload, paths),
+        "llms": [_llm(demand, mixture, workload) for demand in workload.demands],
+        "roles": _roles(mixture),
+        "critical_path_s": {
+            "llms": {demand.llm: mixture.mean(Sum.CRITICAL_NS, demand.llm) / 1e9 for demand in workload.demands},
+            "outside_llms": mixture.mean(Sum.FIXED_NS) / 1e9,
+        },
+        "transitions": _transitions(mixture),
+        "queueing": _queueing(totals),
+        "dropped": dict(sorted(account.dropped.items())),
+        "repaired": dict(sorted(account.repaired.items())),
     }
     if timelines:
-        summary["timelines"] = _timelines(executions, workload.timelines, paths)
+        summary["timelines"] = _timelines(totals.sampled, workload.timelines, paths)
     return summary
 
 
@@ -67,17 +76,35 @@ def executions_needed(demand: LLMDemand, executions: int) -> int | None:
     return max(0, math.ceil(executions * (relative / PRECISION) ** 2) - executions)
 
 
-def _llm(demand: LLMDemand, workload: Workload) -> dict[str, Any]:
-    durations = np.array(
-        [
-            traced
-            for timeline in workload.timelines
-            for call, traced in zip(timeline.calls, timeline.traced_s, strict=True)
-            if call.llm == demand.llm
-        ]
-    )
+class _Mixture:
+    """Totals of several workflows, of which each counts as much as in the workload."""
+
+    def __init__(self, totals: Totals, workload: Workload) -> None:
+        weights = dict.fromkeys(totals.workflows, 0.0)
+        for timeline, weight in zip(workload.timelines, workload.weights, strict=True):
+            weights[timeline.workflow] += weight
+        self._flows = [(flow, weights[name] / flow.sum(Sum.EXECUTIONS)) for name, flow in totals.workflows.items()]
+
+    def mean(self, what: Sum, *names: str) -> float:
+        """Mean over executions of what was added up."""
+        return sum(weight * flow.sum(what, *names) for flow, weight in self._flows)
+
+    def named(self, what: Sum) -> list[tuple[str, ...]]:
+        """The names under which there is such a sum in any workflow, sorted."""
+        return sorted({names for flow, _ in self._flows for names in flow.named(what)})
+
+
+def _llm(demand: LLMDemand, mixture: _Mixture, workload: Workload) -> dict[str, Any]:
+    llm = demand.llm
+    found = [
+        (traced_s, weight)
+        for timeline, weight in zip(workload.timelines, workload.weights, strict=True)
+        for call, traced_s in zip(timeline.calls, timeline.traced_s, strict=True)
+        if call.llm == llm
+    ]
+    visits = [float(sum(call.llm == llm for call in timeline.calls)) for timeline in workload.timelines]
     return {
-        "llm": demand.llm,
+        "llm": llm,
         "visits": demand.visits,
         "critical_visits": demand.critical_visits,
         "parallelism": demand.parallelism,
@@ -91,121 +118,119 @@ def _llm(demand: LLMDemand, workload: Workload) -> dict[str, Any]:
         "share_high": demand.share_high,
         "share_cv": demand.share_cv,
         "more_executions": executions_needed(demand, workload.executions),
-        "call_s": _distribution(durations),
-        "visits_distribution": _distribution(
-            np.array(
-                [sum(call.llm == demand.llm for call in timeline.calls) for timeline in workload.timelines], dtype=float
-            )
+        "call_s": _distribution(
+            mixture.mean(Sum.CALL_NS, llm) / mixture.mean(Sum.CALLS, llm) / 1e9,
+            [duration_s for duration_s, _ in found],
+            [weight for _, weight in found],
         ),
+        "visits_distribution": _distribution(demand.visits, visits, workload.weights),
     }
 
 
-def _distribution(values: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, Any]:
-    """Mean, quantiles and a histogram."""
-    counts, edges = np.histogram(values, bins=min(_BINS, max(1, len(np.unique(values)))))
+def _distribution(mean: float, values: Sequence[float], weights: Sequence[float]) -> dict[str, Any]:
+    """Quantiles and a histogram of sampled values, beside the mean of all; a sample may have missed all of a few."""
+    found = np.array(values if values else [mean])
+    parts = np.array(weights if values else [1.0])
+    even = bool((parts == parts[0]).all())
+    counts, edges = np.histogram(
+        found, bins=min(_BINS, max(1, len(np.unique(found)))), weights=None if even else parts / parts.mean()
+    )
+    levels = np.quantile(found, _QUANTILES) if even else _weighted_quantiles(found, parts)
     return {
-        "mean": float(values.mean()),
-        "quantiles": {f"{level:g}": float(np.quantile(values, level)) for level in _QUANTILES},
+        "mean": mean,
+        "quantiles": {f"{level:g}": float(value) for level, value in zip(_QUANTILES, levels, strict=True)},
         "low": float(edges[0]),
         "high": float(edges[-1]),
         "counts": counts.tolist(),
     }
 
 
-def _workflows(
-    executions: Sequence[Execution], workload: Workload, paths: Sequence[CriticalPath]
-) -> list[dict[str, Any]]:
-    found = []
-    for workflow, number in sorted(workload.workflows.items(), key=lambda item: (-item[1], item[0])):
-        rows = [index for index, execution in enumerate(executions) if execution.workflow == workflow]
-        makespans = np.array([paths[index].makespan_s for index in rows])
-        shapes = [shape_of(executions[index]) for index in rows]
-        found.append(
-            {
-                "workflow": workflow,
-                "executions": number,
-                "latency_s": _distribution(makespans),
-                "latency_cv": float(makespans.std(ddof=1) / makespans.mean())
-                if number > 1 and makespans.mean() > 0
-                else 0.0,
-                "tool_s": float(np.mean([paths[index].fixed_s for index in rows])),
-                "calls": float(np.mean([len(workload.timelines[index].calls) for index in rows])),
-                "width": {"mean": float(np.mean([s.width for s in shapes])), "max": max(s.width for s in shapes)},
-                "depth": {"mean": float(np.mean([s.depth for s in shapes])), "max": max(s.depth for s in shapes)},
-                "recursion": max(s.recursion for s in shapes),
-                "rounds": {"mean": float(np.mean([s.rounds for s in shapes])), "max": max(s.rounds for s in shapes)},
-            }
-        )
+def _weighted_quantiles(values: _Floats, weights: _Floats) -> _Floats:
+    """The smallest values that at least that part of the weight does not exceed."""
+    order = np.argsort(values)
+    below = np.cumsum(weights[order])
+    places = np.searchsorted(below, np.array(_QUANTILES) * below[-1])
+    found: _Floats = values[order[np.minimum(places, len(order) - 1)]]
     return found
 
 
-def _roles(workload: Workload) -> list[dict[str, Any]]:
-    """Each LLM's calls by what they were made for."""
-    seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
-    tokens: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
-    for timeline in workload.timelines:
-        for call, traced in zip(timeline.calls, timeline.traced_s, strict=True):
-            seconds[call.llm, call.role].append(max(0.0, traced - (call.queue_s or 0.0)))
-            tokens[call.llm, call.role].append((call.input_tokens, call.output_tokens))
-    total = sum(map(sum, seconds.values()))
+def _workflows(totals: Totals, workload: Workload, paths: Sequence[CriticalPath]) -> list[dict[str, Any]]:
+    makespans: dict[str, list[float]] = {name: [] for name in totals.workflows}
+    for timeline, path in zip(workload.timelines, paths, strict=True):
+        makespans[timeline.workflow].append(path.makespan_s)
     return [
-        {
-            "llm": llm,
-            "role": role,
-            "visits": len(found) / workload.executions,
-            "input_tokens": float(np.mean([pair[0] for pair in tokens[llm, role]])),
-            "output_tokens": float(np.mean([pair[1] for pair in tokens[llm, role]])),
-            "share": sum(found) / total if total > 0 else 0.0,
-        }
-        for (llm, role), found in sorted(seconds.items(), key=lambda item: -sum(item[1]))
+        _workflow(name, flow, makespans[name])
+        for name, flow in sorted(totals.workflows.items(), key=lambda item: (-item[1].sum(Sum.EXECUTIONS), item[0]))
     ]
 
 
-def _critical(workload: Workload, paths: Sequence[CriticalPath]) -> dict[str, Any]:
-    """Mean seconds of wall time by what was waited for; all together the mean makespan."""
-    by_llm: dict[str, float] = {demand.llm: 0.0 for demand in workload.demands}
-    outside = 0.0
-    for timeline, path, weight in zip(workload.timelines, paths, workload.weights, strict=True):
-        outside += weight * path.fixed_s
-        for index in path.calls:
-            by_llm[timeline.calls[index].llm] += weight * timeline.traced_s[index]
-    return {"llms": by_llm, "outside_llms": outside}
+def _workflow(name: str, flow: FlowTotals, makespans_s: Sequence[float]) -> dict[str, Any]:
+    number = flow.sum(Sum.EXECUTIONS)
+    total_ns = flow.sum(Sum.MAKESPAN_NS)
+    # Whole numbers: nothing is lost by taking the square of the sum from the sum of the squares.
+    deviation_ns = math.sqrt((number * flow.sum(Sum.MAKESPAN_NS_SQUARED) - total_ns**2) / (number * max(1, number - 1)))
 
+    def mean(what: Sum) -> float:
+        return flow.sum(what) / number
 
-def _transitions(executions: Sequence[Execution]) -> list[dict[str, Any]]:
-    """How often, in a mean execution, a call waits for another: from one (LLM, role) to the next; None is the start."""
-    step = max(1, math.ceil(len(executions) / _GRAPHED_EXECUTIONS))
-    sample = executions[::step]
-    counts: Counter[tuple[tuple[str, str] | None, tuple[str, str]]] = Counter()
-    for execution in sample:
-        graph = call_graph(execution)
-        names = {span.id: (span.call.llm, span.call.role) for span in execution.calls if span.call is not None}
-        for call in graph:
-            if graph.in_degree(call) == 0:
-                counts[None, names[call]] += 1
-        counts.update((names[source], names[target]) for source, target in graph.edges)
-    return [
-        {
-            "from": None if source is None else list(source),
-            "to": list(target),
-            "per_execution": count / len(sample),
-        }
-        for (source, target), count in counts.most_common()
-    ]
-
-
-def _queueing(timelines: Sequence[Timeline]) -> dict[str, Any]:
-    """How much of the calls' time is known to be queueing, and for which part of the calls that is known."""
-    calls = [
-        (call.queue_s, traced)
-        for timeline in timelines
-        for call, traced in zip(timeline.calls, timeline.traced_s, strict=True)
-    ]
-    known = [(queue_s, traced) for queue_s, traced in calls if queue_s is not None]
-    busy_s = sum(traced for _, traced in known)
     return {
-        "known_part": len(known) / len(calls),
-        "part_of_time": sum(queue_s for queue_s, _ in known) / busy_s if busy_s > 0 else None,
+        "workflow": name,
+        "executions": number,
+        "latency_s": _distribution(total_ns / number / 1e9, makespans_s, [1.0] * len(makespans_s)),
+        "latency_cv": deviation_ns * number / total_ns if total_ns > 0 else 0.0,
+        "tool_s": mean(Sum.FIXED_NS) / 1e9,
+        "calls": sum(flow.sum(Sum.CALLS, *names) for names in flow.named(Sum.CALLS)) / number,
+        "width": {"mean": mean(Sum.WIDTH), "max": flow.peak(Peak.WIDTH)},
+        "depth": {"mean": mean(Sum.DEPTH), "max": flow.peak(Peak.DEPTH)},
+        "recursion": flow.peak(Peak.RECURSION),
+        "rounds": {"mean": mean(Sum.ROUNDS), "max": flow.peak(Peak.ROUNDS)},
+    }
+
+
+def _roles(mixture: _Mixture) -> list[dict[str, Any]]:
+    """Each LLM's calls by what they were made for, in the order of falling share."""
+    names = mixture.named(Sum.ROLE_CALLS)
+    together = sum(mixture.mean(Sum.ROLE_SERVICE_NS, *name) for name in names)
+    found = []
+    for llm, role in names:
+        visits = mixture.mean(Sum.ROLE_CALLS, llm, role)
+        spent = mixture.mean(Sum.ROLE_SERVICE_NS, llm, role)
+        found.append(
+            {
+                "llm": llm,
+                "role": role,
+                "visits": visits,
+                "input_tokens": mixture.mean(Sum.ROLE_INPUT_TOKENS, llm, role) / visits,
+                "output_tokens": mixture.mean(Sum.ROLE_OUTPUT_TOKENS, llm, role) / visits,
+                "share": spent / together if together > 0 else 0.0,
+            }
+        )
+    return sorted(found, key=lambda role: -role["share"])
+
+
+def _transitions(mixture: _Mixture) -> list[dict[str, Any]]:
+    """How often, in a mean execution, a call waits for another: from one (LLM, role) to the next; None is the start."""
+    starts = [
+        {"from": None, "to": list(name), "per_execution": mixture.mean(Sum.STARTS, *name)}
+        for name in mixture.named(Sum.STARTS)
+    ]
+    between = [
+        {"from": list(name[:2]), "to": list(name[2:]), "per_execution": mixture.mean(Sum.TRANSITIONS, *name)}
+        for name in mixture.named(Sum.TRANSITIONS)
+    ]
+    return sorted(starts + between, key=lambda edge: -edge["per_execution"])
+
+
+def _queueing(totals: Totals) -> dict[str, Any]:
+    """How much of the calls' time is known to be queueing, and for which part of the calls that is known."""
+
+    def together(what: Sum) -> int:
+        return sum(flow.sum(what) for flow in totals.workflows.values())
+
+    busy_ns = together(Sum.KNOWN_QUEUE_CALL_NS)
+    return {
+        "known_part": together(Sum.KNOWN_QUEUE_CALLS) / totals.calls,
+        "part_of_time": together(Sum.QUEUE_NS) / busy_ns if busy_ns > 0 else None,
     }
 
 
@@ -232,6 +257,11 @@ def warnings(summary: Mapping[str, Any]) -> list[str]:
         found.append(
             f"The shares of {', '.join(unsure)} are not known to ±{PRECISION:.0%}: "
             f"{more:,} more executions like these would bring the last of them there."
+        )
+    if summary["sampled"] < summary["executions"]:
+        found.append(
+            f"Quantiles, histograms and timelines are of a random sample of {summary['sampled']:,} executions; "
+            "everything else is of all of them."
         )
     return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -57,17 +57,23 @@ def read_executions(paths: Sequence[str | Path]) -> Reading:
     )
 
 
-def iter_executions(paths: Sequence[str | Path], tally: Tally) -> Iterator[Execution]:
+def iter_executions(
+    paths: Sequence[str | Path], tally: Tally, *, on_progress: Callable[[float], None] | None = None
+) -> Iterator[Execution]:
     """The executions of any number of files in bounded memory, in no particular order; `tally` is complete at the end.
 
+    Files are read to their end before the first execution comes. `on_progress` gets the part of the way that is behind,
+    in bytes read, then in spans assembled, together from 0 to 1; standard input has no known end and counts nothing.
     Raises what `read_executions` raises.
     """
     names = LLMNames()
     with Spool() as spool:
         detached: list[SpanRecord] = []
-        for path, named in find_files(paths).items():
+        files = find_files(paths)
+        way = _Way(on_progress, files)
+        for path, named in files.items():
             try:
-                for batch in read_spans(path, tally):
+                for batch in read_spans(path, tally, way.read):
                     raws = iter(batch)
                     while records := [normalise(raw) for raw in islice(raws, _AT_ONCE)]:
                         names.saw(records)
@@ -80,9 +86,11 @@ def iter_executions(paths: Sequence[str | Path], tally: Tally) -> Iterator[Execu
                 if named:
                     raise
                 tally.dropped[NO_TRACES] += 1
+            way.next_file(path)
         moved = _reunite(detached, spool)
         whole = False
         for trace, records in spool.traces():
+            way.assembled(len(records), tally.spans)
             if trace in moved:
                 continue
             execution = assemble(trace, records, name_llm=names, tally=tally)
@@ -108,6 +116,38 @@ def _reunite(detached: Sequence[SpanRecord], spool: Spool) -> set[str]:
             moved.add(record.trace)
     spool.add(found)
     return moved
+
+
+class _Way:
+    """How much of a reading is done."""
+
+    # What comes after takes longer than reading lines: executions are put together and looked at.
+    _READING = 0.25
+
+    def __init__(self, on_progress: Callable[[float], None] | None, files: Iterable[Path]) -> None:
+        self._report = on_progress
+        self._bytes = max(1, sum(_size(path) for path in files)) if on_progress is not None else 1
+        self._behind = 0
+        self._spans = 0
+
+    def read(self, position: int) -> None:
+        """So many bytes of the file at hand were read."""
+        if self._report is not None:
+            self._report(self._READING * min(1.0, (self._behind + position) / self._bytes))
+
+    def next_file(self, path: Path) -> None:
+        """A file was read to its end."""
+        self._behind += _size(path)
+
+    def assembled(self, spans: int, of: int) -> None:
+        """So many more spans went into executions or were left out, of all that there are."""
+        self._spans += spans
+        if self._report is not None:
+            self._report(self._READING + (1 - self._READING) * min(1.0, self._spans / max(1, of)))
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
 
 
 class LLMNames:

@@ -1,6 +1,6 @@
 """A span on its way into an execution: as a file gives it, and in Scepsy's own words.
 
-These are the only values of which a large reading makes one per span, so they are msgspec's: made in a tenth of the
+These are the only values of which a large reading makes one per span, so they are of msgspec: made in a tenth of the
 time of a frozen dataclass, not looked at by the garbage collector, and set aside in bytes as they are.
 """
 

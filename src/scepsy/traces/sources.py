@@ -7,7 +7,7 @@ import gzip
 import io
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,10 @@ def find_files(paths: Sequence[str | Path]) -> Mapping[Path, bool]:
     return dict(files.values())
 
 
-def read_spans(path: Path, tally: Tally) -> Iterator[Iterable[RawSpan]]:
+def read_spans(path: Path, tally: Tally, on_bytes: Callable[[int], None]) -> Iterator[Iterable[RawSpan]]:
     """The spans of one file, in batches as they come; `tally` counts what cannot be used.
+
+    After each batch `on_bytes` gets how much of the file was read, as far as that can be told.
 
     Raises ScepsyError for a file that cannot be opened, and NoTracesError for one in which there is no trace at all.
     """
@@ -81,7 +83,9 @@ def read_spans(path: Path, tally: Tally) -> Iterator[Iterable[RawSpan]]:
                 yield from _spans(path, stream, tally)
         else:
             with path.open("rb") as stream:
-                yield from _spans(path, stream, tally)
+                for batch in _spans(path, stream, tally):
+                    yield batch
+                    on_bytes(stream.tell())
     except (OSError, EOFError) as error:
         raise ScepsyError(f"{path}: cannot be read: {error}") from error
 
