@@ -85,9 +85,11 @@ def workflow_latencies_s(workload: Workload, speeds: Mapping[str, CallSpeed]) ->
     """Mean makespan of each workflow of the workload at the given speeds."""
     _require(workload, speeds)
     sums = dict.fromkeys(workload.workflows, 0.0)
+    numbers = dict.fromkeys(workload.workflows, 0)
     for timeline in workload.timelines:
         sums[timeline.workflow] += timeline.makespan_s(call_durations_s(timeline, speeds))
-    return {workflow: total / workload.workflows[workflow] for workflow, total in sums.items()}
+        numbers[timeline.workflow] += 1
+    return {workflow: total / numbers[workflow] for workflow, total in sums.items()}
 
 
 def paper_latency_s(workload: Workload, speeds: Mapping[str, CallSpeed]) -> float:
