@@ -12,7 +12,6 @@ from bisect import insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import accumulate
 from operator import attrgetter
 
 import numpy as np
@@ -79,8 +78,11 @@ class Sampler:
             return
         insort(self._chosen, item, key=_key)
         self._spans += len(item.execution.spans)
-        if len(self._chosen) > self._limits.executions or self._spans > self._limits.spans:
-            self._trim()
+        # The first is kept however large it is: an empty sample would say nothing.
+        while len(self._chosen) > 1 and self._is_over():
+            last = self._chosen.pop()
+            self._spans -= len(last.execution.spans)
+            self._cut = last.key
 
     def restrict(self, cut: tuple[int, str] | None) -> None:
         """Leave out what another sample of the same whole could not have taken."""
@@ -93,15 +95,8 @@ class Sampler:
         """What is in it now."""
         return Sample(chosen=tuple(self._chosen), cut=self._cut)
 
-    def _trim(self) -> None:
-        # The first is kept however large it is: an empty sample would say nothing.
-        sizes = accumulate(len(item.execution.spans) for item in self._chosen)
-        fitting = [place for place, spans in enumerate(sizes) if spans <= self._limits.spans]
-        keep = max(1, min(len(fitting), self._limits.executions))
-        if keep < len(self._chosen):
-            self._cut = self._chosen[keep].key
-            self._spans -= sum(len(item.execution.spans) for item in self._chosen[keep:])
-            del self._chosen[keep:]
+    def _is_over(self) -> bool:
+        return len(self._chosen) > self._limits.executions or self._spans > self._limits.spans
 
 
 def merge_samples(one: Sample, other: Sample, limits: SampleLimits) -> Sample:

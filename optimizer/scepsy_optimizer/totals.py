@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum, auto
+from enum import IntEnum, auto
 
 import numpy as np
 
@@ -31,7 +31,7 @@ SHARE_UNIT = 2.0**-40
 _BLOCK = 256
 
 
-class Sum(Enum):
+class Sum(IntEnum):
     """What is added up over the executions of a workflow. Squares and shares are of one execution each.
 
     Of the workflow: EXECUTIONS to KNOWN_QUEUE_CALL_NS. By LLM: CALLS to SHARE_SQUARED. By LLM and role: ROLE_CALLS
@@ -78,7 +78,7 @@ class Sum(Enum):
     TRANSITIONS = auto()
 
 
-class Peak(Enum):
+class Peak(IntEnum):
     """What is greatest over the executions of a workflow, LONGEST_TOKENS (of a call's context) by LLM."""
 
     WIDTH = auto()
@@ -195,12 +195,54 @@ def _merge_flows(one: FlowTotals, other: FlowTotals, limits: SampleLimits) -> Fl
     )
 
 
+class _Calls:
+    """The sums over the calls of one LLM in one role: plain attributes, since there are millions of calls."""
+
+    def __init__(self) -> None:
+        self.calls = self.call_ns = self.service_ns = 0
+        self.known_queue = self.queue_ns = self.known_queue_call_ns = 0
+        self.input_tokens = self.cached_tokens = self.longest_tokens = 0
+        self.output_tokens = self.output_tokens_squared = 0
+        self.decoded_tokens = self.decoded_context_twice = self.prompt_pairs = 0
+
+    def into(self, sums: Counter[tuple[Sum, Names]], peaks: dict[tuple[Peak, Names], int], llm: str, role: str) -> None:
+        """Add them to the sums of the workflow, of the LLM and of the role."""
+        sums[Sum.KNOWN_QUEUE_CALLS, ()] += self.known_queue
+        sums[Sum.QUEUE_NS, ()] += self.queue_ns
+        sums[Sum.KNOWN_QUEUE_CALL_NS, ()] += self.known_queue_call_ns
+        of_llm = {
+            Sum.CALLS: self.calls,
+            Sum.CALL_NS: self.call_ns,
+            Sum.INPUT_TOKENS: self.input_tokens,
+            Sum.CACHED_TOKENS: self.cached_tokens,
+            Sum.OUTPUT_TOKENS: self.output_tokens,
+            Sum.OUTPUT_TOKENS_SQUARED: self.output_tokens_squared,
+            Sum.DECODED_TOKENS: self.decoded_tokens,
+            Sum.DECODED_CONTEXT_TWICE: self.decoded_context_twice,
+            Sum.PROMPT_PAIRS: self.prompt_pairs,
+            Sum.SERVICE_NS: self.service_ns,
+        }
+        for what, value in of_llm.items():
+            sums[what, (llm,)] += value
+        of_role = {
+            Sum.ROLE_CALLS: self.calls,
+            Sum.ROLE_INPUT_TOKENS: self.input_tokens,
+            Sum.ROLE_OUTPUT_TOKENS: self.output_tokens,
+            Sum.ROLE_SERVICE_NS: self.service_ns,
+        }
+        for what, value in of_role.items():
+            sums[what, (llm, role)] += value
+        longest = (Peak.LONGEST_TOKENS, (llm,))
+        peaks[longest] = max(self.longest_tokens, peaks.get(longest, 0))
+
+
 class _Flow:
     """The totals of one workflow while its executions come."""
 
     def __init__(self, limits: SampleLimits) -> None:
         self._sums: Counter[tuple[Sum, Names]] = Counter()
         self._peaks: dict[tuple[Peak, Names], int] = {}
+        self._calls: dict[tuple[str, str], _Calls] = {}
         self._sampler = Sampler(limits)
         self._resampled: dict[str, list[int]] = {}
         # Executions whose service times are not resampled yet: hash, and microseconds by LLM.
@@ -230,9 +272,12 @@ class _Flow:
     def totals(self) -> FlowTotals:
         if self._block:
             self._resample()
+        sums, peaks = self._sums.copy(), dict(self._peaks)
+        for (llm, role), found in self._calls.items():
+            found.into(sums, peaks, llm, role)
         return FlowTotals(
-            sums={key: value for key, value in self._sums.items() if value},
-            peaks=dict(self._peaks),
+            sums={key: value for key, value in sums.items() if value},
+            peaks=peaks,
             resampled={llm: tuple(values) for llm, values in self._resampled.items()},
             sample=self._sampler.sample(),
         )
@@ -250,33 +295,33 @@ class _Flow:
 
     def _add_calls(self, timeline: Timeline, durations_ns: Sequence[int]) -> Mapping[str, int]:
         """Returns the service time by LLM."""
-        sums = self._sums
         service_ns: Counter[str] = Counter()
         for call, duration_ns in zip(timeline.calls, durations_ns, strict=True):
-            queue_ns = 0 if call.queue_s is None else _ns(call.queue_s)
-            served_ns = max(0, duration_ns - queue_ns)
-            service_ns[call.llm] += served_ns
-            llm, role = (call.llm,), (call.llm, call.role)
-            sums[Sum.CALLS, llm] += 1
-            sums[Sum.CALL_NS, llm] += duration_ns
-            sums[Sum.INPUT_TOKENS, llm] += call.input_tokens
-            sums[Sum.CACHED_TOKENS, llm] += call.cached_tokens
-            sums[Sum.OUTPUT_TOKENS, llm] += call.output_tokens
-            decoded = max(1, call.output_tokens)
-            sums[Sum.OUTPUT_TOKENS_SQUARED, llm] += call.output_tokens**2
-            sums[Sum.DECODED_TOKENS, llm] += decoded
-            sums[Sum.DECODED_CONTEXT_TWICE, llm] += decoded * (2 * call.input_tokens + call.output_tokens)
-            sums[Sum.PROMPT_PAIRS, llm] += call.input_tokens**2 - call.cached_tokens**2
-            sums[Sum.SERVICE_NS, llm] += served_ns
-            sums[Sum.ROLE_CALLS, role] += 1
-            sums[Sum.ROLE_INPUT_TOKENS, role] += call.input_tokens
-            sums[Sum.ROLE_OUTPUT_TOKENS, role] += call.output_tokens
-            sums[Sum.ROLE_SERVICE_NS, role] += served_ns
-            self._peak(Peak.LONGEST_TOKENS, llm, call.input_tokens + call.output_tokens)
+            sums = self._calls.get((call.llm, call.role))
+            if sums is None:
+                sums = self._calls[call.llm, call.role] = _Calls()
+            served_ns = duration_ns
             if call.queue_s is not None:
-                sums[Sum.KNOWN_QUEUE_CALLS, ()] += 1
-                sums[Sum.QUEUE_NS, ()] += queue_ns
-                sums[Sum.KNOWN_QUEUE_CALL_NS, ()] += duration_ns
+                queue_ns = _ns(call.queue_s)
+                served_ns = max(0, duration_ns - queue_ns)
+                sums.known_queue += 1
+                sums.queue_ns += queue_ns
+                sums.known_queue_call_ns += duration_ns
+            service_ns[call.llm] += served_ns
+            prompt, output = call.input_tokens, call.output_tokens
+            decoded = output or 1
+            sums.calls += 1
+            sums.call_ns += duration_ns
+            sums.service_ns += served_ns
+            sums.input_tokens += prompt
+            sums.cached_tokens += call.cached_tokens
+            sums.output_tokens += output
+            sums.output_tokens_squared += output * output
+            sums.decoded_tokens += decoded
+            sums.decoded_context_twice += decoded * (2 * prompt + output)
+            sums.prompt_pairs += prompt * prompt - call.cached_tokens * call.cached_tokens
+            if prompt + output > sums.longest_tokens:
+                sums.longest_tokens = prompt + output
         return service_ns
 
     def _add_path(self, timeline: Timeline, durations_ns: Sequence[int]) -> None:
