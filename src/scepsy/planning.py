@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,11 +11,10 @@ import numpy as np
 
 from scepsy.files import load_requirements
 from scepsy.inputs import ProfileSources, Traces, provenance, resolve_cluster, resolve_cluster_profiles
-from scepsy.traces import read_executions
+from scepsy.traces import Tally, iter_executions
 from scepsy_optimizer.allocation import MAX_UTILISATION
 from scepsy_optimizer.cluster import Cluster
 from scepsy_optimizer.errors import ScepsyError
-from scepsy_optimizer.executions import Execution
 from scepsy_optimizer.frontier import FrontierPoint, find_frontier
 from scepsy_optimizer.plan import Plan
 from scepsy_optimizer.planner import optimize as optimize_workload
@@ -26,10 +24,11 @@ from scepsy_optimizer.questions import optimize_devices, optimize_rate
 from scepsy_optimizer.requirements import NO_REQUIREMENTS, Requirements, require_known
 from scepsy_optimizer.robust import Robustness, plan_robustly
 from scepsy_optimizer.sharing import WorkflowShare, share_plan
+from scepsy_optimizer.totals import Totals, total
+from scepsy_optimizer.totals_workload import workload_of
 from scepsy_optimizer.what_if import WhatIf
 from scepsy_optimizer.what_if import what_if as ask_what_if
 from scepsy_optimizer.workload import Workload
-from scepsy_optimizer.workload import aggregate as aggregate_executions
 
 if TYPE_CHECKING:
     from scepsy.deployment import Deployment
@@ -46,7 +45,7 @@ def aggregate(traces: Traces, *, rates: Mapping[str, float] | None = None) -> Wo
     With `rates`, executions per second by workflow, each workflow counts by its rate rather than by how often it was
     traced. Raises ScepsyError.
     """
-    return aggregate_executions(_read(traces), rates_rps=rates)
+    return workload_of(_read(traces), rates_rps=rates)
 
 
 def optimize(
@@ -190,9 +189,9 @@ def prepare(
     if isinstance(traces, Workload):
         workload = traces
     else:
-        executions = _read(traces)
-        workload = aggregate_executions(executions, rates_rps=rates)
-        alone = _by_workflow(executions)
+        totals = _read(traces)
+        workload = workload_of(totals, rates_rps=rates)
+        alone = _by_workflow(totals)
     found = resolve_cluster_profiles(
         [demand.llm for demand in workload.demands], resolved, profiles=profiles, models=models
     )
@@ -283,16 +282,12 @@ def _asking(question: Question, max_latency_s: float | None, percentile: int | N
     )
 
 
-def _read(traces: Traces) -> list[Execution]:
+def _read(traces: Traces) -> Totals:
     paths = [traces] if isinstance(traces, str | Path) else list(traces)
-    return list(read_executions(paths).executions)
+    return total(iter_executions(paths, Tally()))
 
 
-def _by_workflow(executions: Sequence[Execution]) -> dict[str, Workload]:
-    """The workload of each workflow by itself, of those that call any LLM."""
-    groups: dict[str, list[Execution]] = defaultdict(list)
-    for execution in executions:
-        groups[execution.workflow].append(execution)
-    if len(groups) < 2:
-        return {}
-    return {workflow: aggregate_executions(runs) for workflow, runs in groups.items() if any(run.calls for run in runs)}
+def _by_workflow(totals: Totals) -> dict[str, Workload]:
+    """The workload of each workflow by itself, of those that call any LLM; nothing where there is only one."""
+    parts = {name: Totals(workflows={name: flow}, limits=totals.limits) for name, flow in totals.workflows.items()}
+    return {name: workload_of(part) for name, part in parts.items() if part.llms} if len(parts) > 1 else {}

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from scepsy.cli.answers import changes_table, describe_robustness, frontier_table, shares_table
 from scepsy.cli.options import add_profiles, add_traces, parse_models, parse_numbers, parse_rates
 from scepsy.files import load_plan, load_requirements, save_plan
 from scepsy.planning import Answer, Question, answer, prepare, trace_frontier
+from scepsy.report.progress import LateProgress
 from scepsy.report.tables import plan_table
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.frontier import FrontierPoint
@@ -128,11 +128,8 @@ def _show_frontier(args: argparse.Namespace, question: Question, console: Consol
     }
     if others := [name for name, value in given.items() if value]:
         raise ScepsyError(f"--frontier asks for all rates and latencies at once: leave out {', '.join(others)}")
-    screen = Console(stderr=True)
-    columns = (TextColumn("frontier"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as progress:
-        task = progress.add_task("searches")
-        points = trace_frontier(question, lambda done, total: progress.update(task, completed=done, total=total))
+    with LateProgress("searching", Console(stderr=True)) as progress:
+        points = trace_frontier(question, lambda done, total: progress(done / total))
     if args.json:
         print(TypeAdapter(tuple[FrontierPoint, ...]).dump_json(points).decode())
     else:
