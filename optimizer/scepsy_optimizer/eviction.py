@@ -1,91 +1,101 @@
-"""Which kept replicas make room for one that fits nowhere, so that as few as possible move.
+"""Which replicas of a running plan make room for one that fits nowhere, so that as few as possible restart.
 
-Only smaller ones make room: then the larger are settled when the smaller are placed again, and it comes to an end.
+Only smaller ones make room: then the larger are settled when the smaller are placed again, and it comes to an end. A
+group that is to shrink anyway gives up its surplus for nothing.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
-from scepsy_optimizer.free_devices import FreeDevices
+from scepsy_optimizer.free_devices import FreeDevices, Replica
 from scepsy_optimizer.plan import Slot
+
+Kept = Mapping[int, tuple[Replica, Slot]]
+"""Replicas that keep their slots so far, by any key."""
 
 
 def evict_devices(
-    size: int, movable: Mapping[int, tuple[int, int, Slot]], free: FreeDevices
+    size: int, kept: Kept, surplus: Mapping[Replica, int], free: FreeDevices
 ) -> tuple[int | None, Sequence[int]]:
-    """Free `size` devices of one domain by releasing the fewest replicas; the domain and those released.
+    """The domain in which `size` devices cost the fewest restarts, and the keys of those that have to go.
 
-    `movable` has, by key, the size, the units and the slot of each replica that may move; size 0 shares a device.
-    Returns (None, ()) where no domain can be freed so.
+    `surplus` says how many of each group go without a restart. Returns (None, ()) where no domain can be freed so.
     """
-    # What frees how many devices of a domain: one group, or all that share a device.
-    whole: dict[int, list[tuple[int, tuple[int, ...]]]] = defaultdict(list)
-    sharing: dict[tuple[int, Slot], list[int]] = defaultdict(list)
-    for key, (taken, _, slot) in movable.items():
-        domain = free.domain_of(slot)
-        if taken == 0:
-            sharing[domain, slot].append(key)
-        elif taken < size:
-            whole[domain].append((taken, (key,)))
-    for (domain, slot), keys in sharing.items():
-        if free.left_on(slot) + sum(movable[key][1] for key in keys) == free.units:
-            whole[domain].append((1, tuple(keys)))
-    best: tuple[int, int, int] | None = None
-    chosen: tuple[int, ...] = ()
-    for domain, items in whole.items():
-        found = _fewest(items, size - free.free_in(domain))
-        if found is not None and (best is None or (len(found[1]), found[0], domain) < best):
-            best, chosen = (len(found[1]), found[0], domain), found[1]
-    if best is None:
-        return None, ()
-    for key in chosen:
-        taken, units, slot = movable[key]
-        if taken:
-            free.release(slot)
+    by_domain: dict[int, list[int]] = defaultdict(list)
+    for key, (replica, slot) in kept.items():
+        if replica.size < size:
+            by_domain[free.domain_of(slot)].append(key)
+    best: tuple[int, int, int, tuple[int, ...]] | None = None
+    for domain, keys in by_domain.items():
+        items = _items(keys, kept, surplus, free)
+        found = _cheapest(items, size - free.free_in(domain))
+        if found is not None and (best is None or (*found[:2], domain) < best[:3]):
+            best = (*found[:2], domain, found[2])
+    return (None, ()) if best is None else (best[2], best[3])
+
+
+def _items(
+    keys: Sequence[int], kept: Kept, surplus: Mapping[Replica, int], free: FreeDevices
+) -> list[tuple[int, int, tuple[int, ...]]]:
+    """What can go from a domain: devices freed, restarts, and keys; those that share a device go together."""
+    credit = Counter(surplus)
+    items: list[tuple[int, int, tuple[int, ...]]] = []
+    sharing: dict[Slot, list[int]] = defaultdict(list)
+    for key in keys:
+        replica, slot = kept[key]
+        if replica.size:
+            items.append((replica.size, _cost(replica, credit), (key,)))
         else:
-            free.release_share(slot, units)
-    return best[2], chosen
+            sharing[slot].append(key)
+    for slot, sharers in sharing.items():
+        if free.left_on(slot) + sum(kept[key][0].units for key in sharers) == free.units:
+            items.append((1, sum(_cost(kept[key][0], credit) for key in sharers), tuple(sharers)))
+    return items
 
 
-def _fewest(items: Sequence[tuple[int, tuple[int, ...]]], devices: int) -> tuple[int, tuple[int, ...]] | None:
-    """The fewest replicas that free at least so many devices, and how many they free; by dynamic programming."""
-    best: dict[int, tuple[int, ...]] = {0: ()}
-    for freed, keys in items:
-        for before, chosen in sorted(best.items(), reverse=True):
-            after = before + freed
-            if before < devices and (after not in best or len(best[after]) > len(chosen) + len(keys)):
-                best[after] = chosen + keys
-    enough = [(len(chosen), freed) for freed, chosen in best.items() if freed >= devices]
-    if not enough:
-        return None
-    freed = min(enough)[1]
-    return freed, best[freed]
+def _cost(replica: Replica, credit: Counter[Replica]) -> int:
+    if credit[replica] > 0:
+        credit[replica] -= 1
+        return 0
+    return 1
+
+
+def _cheapest(
+    items: Sequence[tuple[int, int, tuple[int, ...]]], devices: int
+) -> tuple[int, int, tuple[int, ...]] | None:
+    """The least cost of at least so many devices, how many are freed, and the keys; by dynamic programming."""
+    best: dict[int, tuple[int, tuple[int, ...]]] = {0: (0, ())}
+    for freed, cost, keys in items:
+        for before, (spent, chosen) in sorted(best.items(), reverse=True):
+            after = (spent + cost, chosen + keys)
+            if before < devices and (before + freed not in best or best[before + freed][0] > after[0]):
+                best[before + freed] = after
+    enough = [(cost, freed, keys) for freed, (cost, keys) in best.items() if freed >= devices]
+    return min(enough, default=None)
 
 
 def evict_share(
-    units: int, movable: Mapping[int, tuple[int, Slot]], free: FreeDevices
+    units: int, kept: Kept, surplus: Mapping[Replica, int], free: FreeDevices
 ) -> tuple[Slot | None, Sequence[int]]:
-    """Free `units` of one shared device by releasing the fewest replicas; its slot and those released.
+    """The shared device of which `units` cost the fewest restarts, and the keys of those that have to go.
 
-    `movable` has, by key, the units and the slot of each replica that may move. Returns (None, ()) if none suffices.
+    Returns (None, ()) where no device can be freed so.
     """
-    sharing: dict[Slot, list[tuple[int, int]]] = defaultdict(list)
-    for key, (taken, slot) in movable.items():
-        if taken < units:
-            sharing[slot].append((taken, key))
+    sharing: dict[Slot, list[int]] = defaultdict(list)
+    for key, (replica, slot) in kept.items():
+        if 0 < replica.units < units:
+            sharing[slot].append(key)
     best: tuple[int, int, Slot, list[int]] | None = None
-    for slot, parts in sharing.items():
-        left, chosen = free.left_on(slot), []
-        for taken, key in sorted(parts, reverse=True):
+    for slot, keys in sharing.items():
+        credit = Counter(surplus)
+        costs = {key: _cost(kept[key][0], credit) for key in keys}
+        left, cost, chosen = free.left_on(slot), 0, []
+        for key in sorted(keys, key=lambda key: (costs[key], -kept[key][0].units)):
             if left < units:
-                left += taken
+                left, cost = left + kept[key][0].units, cost + costs[key]
                 chosen.append(key)
-        if left >= units and (best is None or (len(chosen), left) < best[:2]):
-            best = (len(chosen), left, slot, chosen)
-    if best is None:
-        return None, ()
-    for key in best[3]:
-        free.release_share(best[2], movable[key][0])
-    return best[2], best[3]
+        if left >= units and (best is None or (cost, left) < best[:2]):
+            best = (cost, left, slot, chosen)
+    return (None, ()) if best is None else best[2:]

@@ -17,6 +17,19 @@ _UNTOUCHED = 1 << 40
 _FULLEST = 1 << 24
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replica:
+    """One replica to place: `size` whole devices, or `units` of one device where `size` is 0.
+
+    Replicas of one group are equal and stand for each other.
+    """
+
+    llm: str
+    group: int
+    size: int
+    units: int
+
+
 @dataclass(slots=True)
 class _Domain:
     """One fast-link domain: its devices by socket, and which positions of that order are free, as bits."""
@@ -102,6 +115,20 @@ class FreeDevices:
         self._occupy(slot, domain, mask)
         return slot
 
+    def keep(self, replica: Replica, slot: Slot) -> bool:
+        """Take a given slot for a replica; False, and nothing taken, where it does not exist or is not free."""
+        return self.take_slot(slot) if replica.size else self.take_share(slot, replica.units)
+
+    def evict(self, replica: Replica, slot: Slot) -> None:
+        """Give back the slot of a replica; a device of which nothing is taken is wholly free again."""
+        if replica.size:
+            self._release(slot)
+            return
+        at = self._shared_at[self.domain_of(slot), slot.devices[0]]
+        self._left[at] += replica.units
+        if self._left[at] == self.units:
+            self._release(slot)
+
     def take_slot(self, slot: Slot) -> bool:
         """Take a given slot of whole devices; False, and nothing taken, where they are not all free in one domain."""
         domains = {self._domain_of.get((slot.node, device)) for device in slot.devices}
@@ -111,15 +138,6 @@ class FreeDevices:
         positions = self._domains[domain].positions
         self._occupy(slot, domain, sum(1 << positions[device] for device in slot.devices))
         return True
-
-    def release(self, slot: Slot) -> None:
-        """Give back a slot of whole devices."""
-        domain = self.domain_of(slot)
-        here = self._domains[domain]
-        here.free |= sum(1 << here.positions[device] for device in slot.devices)
-        self._free[domain] += len(slot.devices)
-        self._node_free[here.node] += len(slot.devices)
-        self._rank_node(here.node)
 
     def find_share(self, units: int, held: Ints | None = None) -> Slot | None:
         """The shared device to take `units` of, or a free device to be shared; with `held`, by node, where least is."""
@@ -163,17 +181,17 @@ class FreeDevices:
         self._left[at] -= units
         return True
 
-    def release_share(self, slot: Slot, units: int) -> None:
-        """Give back a part of a device; a device of which nothing is taken is wholly free again."""
-        domain = self.domain_of(slot)
-        at = self._shared_at[domain, slot.devices[0]]
-        self._left[at] += units
-        if self._left[at] == self.units:
-            self.release(slot)
-
     def _is_free(self, domain: int, device: int) -> bool:
         here = self._domains[domain]
         return bool(here.free >> here.positions[device] & 1)
+
+    def _release(self, slot: Slot) -> None:
+        domain = self.domain_of(slot)
+        here = self._domains[domain]
+        here.free |= sum(1 << here.positions[device] for device in slot.devices)
+        self._free[domain] += len(slot.devices)
+        self._node_free[here.node] += len(slot.devices)
+        self._rank_node(here.node)
 
     def _occupy(self, slot: Slot, domain: int, mask: int) -> None:
         here = self._domains[domain]

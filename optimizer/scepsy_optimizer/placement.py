@@ -12,7 +12,6 @@ import heapq
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
@@ -22,22 +21,12 @@ from scepsy_optimizer.cluster import Cluster, Node, same_devices
 from scepsy_optimizer.colocation import Seat, gather
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.eviction import evict_devices, evict_share
-from scepsy_optimizer.free_devices import FreeDevices, Ints
+from scepsy_optimizer.free_devices import FreeDevices, Ints, Replica
 from scepsy_optimizer.packing import pack
 from scepsy_optimizer.plan import LLMPlan, Plan, Slot
 
 # Fractions in plans are decimal; this recovers tenths and thirds from them.
 _FINEST = 1000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Replica:
-    """One replica to place: `size` whole devices, or `units` of one device where `size` is 0."""
-
-    llm: str
-    group: int
-    size: int
-    units: int
 
 
 def place(
@@ -71,106 +60,141 @@ def place(
                 units=0 if whole else int(choice.fraction * units),
             )
             pools[choice.device_type or cluster.device_type] += [replica] * choice.replicas
-    slots: dict[str, list[list[Slot]]] = {llm: [[] for _ in groups] for llm, groups in allocation.items()}
+    slots: dict[str, list[tuple[Slot, ...]]] = {llm: [()] * len(groups) for llm, groups in allocation.items()}
     for device_type, replicas in pools.items():
         nodes = [node for node in cluster.nodes if node.device_type == device_type]
         # Nodes below one switch are neighbours; the order decides what is left to chance otherwise.
         nodes.sort(key=lambda node: node.switch)
-        replicas.sort(key=lambda replica: (-replica.size, -replica.units, replica.llm, replica.group))
-        kept = _kept(replicas, units, device_type, cluster, prefer) if prefer is not None else {}
-        placed = _place_pool(nodes, replicas, units, kept, spread=spread)
+        wanted = Counter(replicas)
+        kept = _had(wanted, units, cluster, device_type, prefer) if prefer is not None else []
+        placed = _place_pool(nodes, wanted, units, kept, spread=spread)
         if placed is None:
             return None
         if calls and not spread:
-            placed = _colocated(nodes, replicas, placed, kept, units, calls)
-        for replica, slot in zip(replicas, placed, strict=True):
-            slots[replica.llm][replica.group].append(slot)
-    return {llm: tuple(tuple(group) for group in groups) for llm, groups in slots.items()}
+            placed = _colocated(nodes, placed, kept, units, calls)
+        order = {node.name: number for number, node in enumerate(nodes)}
+        for replica, found in placed.items():
+            slots[replica.llm][replica.group] = tuple(sorted(found, key=lambda slot: (order[slot.node], slot.devices)))
+    return {llm: tuple(groups) for llm, groups in slots.items()}
+
+
+Placed = dict[Replica, list[Slot]]
+"""A slot for each replica of a group."""
 
 
 def _place_pool(
-    nodes: Sequence[Node], replicas: Sequence[Replica], units: int, kept: Mapping[int, Slot], *, spread: bool
-) -> list[Slot] | None:
-    """A slot for each replica on nodes of one type; `kept` are the slots that replicas, by index, have already."""
-    wanted = sum(replica.size * units + replica.units for replica in replicas)
-    if wanted > sum(node.devices for node in nodes) * units:
+    nodes: Sequence[Node], wanted: Counter[Replica], units: int, had: Sequence[tuple[Replica, Slot]], *, spread: bool
+) -> Placed | None:
+    """Slots on nodes of one type; `had` are the slots that such replicas have already, some perhaps too many."""
+    if sum(_units(replica, units) * count for replica, count in wanted.items()) > units * sum(
+        node.devices for node in nodes
+    ):
         return None
-    placed = _largest_first(nodes, replicas, units, kept, spread=spread)
+    placed = _kept_first(nodes, wanted, units, had, spread=spread)
     if placed is None and spread:
-        placed = _largest_first(nodes, replicas, units, kept, spread=False)
-    if placed is None and kept:
-        placed = _largest_first(nodes, replicas, units, {}, spread=False)
-    return placed if placed is not None else _exactly(nodes, replicas, units)
+        placed = _kept_first(nodes, wanted, units, had, spread=False)
+    if placed is None and had:
+        found = _largest_first(nodes, wanted, units, (), spread=False)
+        placed = None if found is None else found[0]
+    return placed if placed is not None else _exactly(nodes, wanted, units)
+
+
+def _kept_first(
+    nodes: Sequence[Node], wanted: Counter[Replica], units: int, had: Sequence[tuple[Replica, Slot]], *, spread: bool
+) -> Placed | None:
+    """Largest first, around what stays; which of too many go is decided first, or else by who is in the way."""
+    trimmed = _trimmed(had, wanted, units)
+    early = _largest_first(nodes, wanted, units, trimmed, spread=spread)
+    if len(trimmed) == len(had) or (early is not None and not early[1]):
+        return None if early is None else early[0]
+    late = _largest_first(nodes, wanted, units, had, spread=spread)
+    found = [one for one in (early, late) if one is not None]
+    return min(found, key=lambda one: one[1])[0] if found else None
 
 
 def _largest_first(
-    nodes: Sequence[Node], replicas: Sequence[Replica], units: int, kept: Mapping[int, Slot], *, spread: bool
-) -> list[Slot] | None:
+    nodes: Sequence[Node], wanted: Counter[Replica], units: int, had: Sequence[tuple[Replica, Slot]], *, spread: bool
+) -> tuple[Placed, int] | None:
+    """Slots, and how many replicas did not keep theirs; None where largest first does not place them all."""
     free = FreeDevices(nodes, units)
-    placed: dict[int, Slot] = {}
-    movable: dict[int, Slot] = {}
-    for index, slot in kept.items():
-        replica = replicas[index]
-        if free.take_slot(slot) if replica.size else free.take_share(slot, replica.units):
-            placed[index] = movable[index] = slot
-    index_of = {node.name: number for number, node in enumerate(nodes)}
+    kept = {key: (replica, slot) for key, (replica, slot) in enumerate(had) if free.keep(replica, slot)}
+    number = {node.name: index for index, node in enumerate(nodes)}
     held: dict[str, Ints] | None = None
-    many: Mapping[str, int] = Counter(replica.llm for replica in replicas) if spread else {}
+    many: Counter[str] = Counter()
     if spread:
+        for replica, count in wanted.items():
+            many[replica.llm] += count
         held = {llm: np.zeros(len(nodes), dtype=int) for llm in many}
-        for index, slot in placed.items():
-            held[replicas[index].llm][index_of[slot.node]] += 1
+        for replica, slot in kept.values():
+            held[replica.llm][number[slot.node]] += 1
 
-    def rank(index: int) -> tuple[int, int, int, int]:
+    def rank(replica: Replica) -> tuple[int, int, int, str, int]:
         # To spread, those with the most replicas choose first: they need the most nodes.
-        replica = replicas[index]
-        return -replica.size, -replica.units, -many.get(replica.llm, 0), index
+        return -replica.size, -replica.units, -many[replica.llm], replica.llm, replica.group
 
-    pending = [rank(index) for index in range(len(replicas)) if index not in placed]
+    surplus = Counter(replica for replica, _ in kept.values())
+    surplus.subtract(wanted)
+    pending = [(rank(replica), replica) for replica, count in surplus.items() for _ in range(-count)]
     heapq.heapify(pending)
+    placed: Placed = {replica: [] for replica in wanted}
+    restarts = 0
     while pending:
-        index = heapq.heappop(pending)[-1]
-        replica = replicas[index]
+        _, replica = heapq.heappop(pending)
         holds = None if held is None else held[replica.llm]
-        found, evicted = _find(replica, replicas, free, movable, holds)
-        for other in evicted:
-            gone = movable.pop(other)
-            del placed[other]
+        found, evicted = _find(replica, kept, surplus, free, holds)
+        for key in evicted:
+            gone, left = kept.pop(key)
             if held is not None:
-                held[replicas[other].llm][index_of[gone.node]] -= 1
-            heapq.heappush(pending, rank(other))
+                held[gone.llm][number[left.node]] -= 1
+            surplus[gone] -= 1
+            if surplus[gone] < 0:
+                restarts += 1
+                heapq.heappush(pending, (rank(gone), gone))
         if found is None:
             return None
-        placed[index] = found
+        surplus[replica] += 1
+        placed[replica].append(found)
         if holds is not None:
-            holds[index_of[found.node]] += 1
-    return [placed[index] for index in range(len(replicas))]
+            holds[number[found.node]] += 1
+    for replica, slot in _trimmed(
+        list(kept.values()), wanted - Counter({one: len(placed[one]) for one in placed}), units
+    ):
+        placed[replica].append(slot)
+    return placed, restarts
 
 
 def _find(
-    replica: Replica, replicas: Sequence[Replica], free: FreeDevices, movable: Mapping[int, Slot], holds: Ints | None
+    replica: Replica,
+    kept: Mapping[int, tuple[Replica, Slot]],
+    surplus: Mapping[Replica, int],
+    free: FreeDevices,
+    holds: Ints | None,
 ) -> tuple[Slot | None, Sequence[int]]:
-    """A slot, taken, and the movable replicas that were released for it."""
+    """A slot, taken, and the keys of the kept replicas that were evicted for it."""
     evicted: Sequence[int] = ()
     if replica.size:
         domain = free.find_domain(replica.size, holds)
         if domain is None:
-            sizes = {index: (replicas[index].size, replicas[index].units, slot) for index, slot in movable.items()}
-            domain, evicted = evict_devices(replica.size, sizes, free)
+            domain, evicted = evict_devices(replica.size, kept, surplus, free)
+        for key in evicted:
+            free.evict(*kept[key])
         return (None if domain is None else free.take(domain, replica.size)), evicted
     slot = free.find_share(replica.units, holds)
     if slot is None:
-        parts = {index: (replicas[index].units, at) for index, at in movable.items() if not replicas[index].size}
-        slot, evicted = evict_share(replica.units, parts, free)
+        slot, evicted = evict_share(replica.units, kept, surplus, free)
+    for key in evicted:
+        free.evict(*kept[key])
     if slot is not None:
         free.take_share(slot, replica.units)
     return slot, evicted
 
 
-def _exactly(nodes: Sequence[Node], replicas: Sequence[Replica], units: int) -> list[Slot] | None:
+def _exactly(nodes: Sequence[Node], wanted: Counter[Replica], units: int) -> Placed | None:
     """The exact packing: fractions into the fewest devices, then these and the groups into domains."""
-    parts = Counter(replica.units for replica in replicas if not replica.size)
-    sizes = Counter(replica.size for replica in replicas if replica.size)
+    parts: Counter[int] = Counter()
+    sizes: Counter[int] = Counter()
+    for replica, count in wanted.items():
+        (sizes if replica.size else parts)[replica.size or replica.units] += count
     fewest = -(-sum(part * count for part, count in parts.items()) // units)
     most = sum(node.devices for node in nodes) - sum(size * count for size, count in sizes.items())
     shared = next((found for n in range(fewest, most + 1) if (found := pack([units] * n, parts)) is not None), None)
@@ -190,65 +214,84 @@ def _exactly(nodes: Sequence[Node], replicas: Sequence[Replica], units: int) -> 
         slot = taken[1].pop()
         for part, count in filling.items():
             part_slots[part] += [slot] * count
-    return [taken[replica.size].pop() if replica.size else part_slots[replica.units].pop() for replica in replicas]
+    return {
+        replica: [(taken[replica.size] if replica.size else part_slots[replica.units]).pop() for _ in range(count)]
+        for replica, count in wanted.items()
+    }
 
 
-def _kept(replicas: Sequence[Replica], units: int, device_type: str, cluster: Cluster, old: Plan) -> dict[int, Slot]:
-    """The slots that replicas, by index, have in the old plan; of too many, those on the devices and nodes in use."""
+def _had(
+    wanted: Counter[Replica], units: int, cluster: Cluster, device_type: str, old: Plan
+) -> list[tuple[Replica, Slot]]:
+    """Slots of the old plan that are still there and hold a replica like one that is wanted."""
     same = same_devices(old.cluster, cluster)
     types = {node.name: node.device_type for node in cluster.nodes}
-    wanted: dict[tuple[str, int, int], list[int]] = defaultdict(list)
-    for index, replica in enumerate(replicas):
-        wanted[replica.llm, replica.size, replica.units].append(index)
-    had: dict[tuple[str, int, int], list[Slot]] = defaultdict(list)
+    groups = {(replica.llm, replica.size, replica.units): replica for replica in wanted}
+    had = []
     for part in old.llms:
-        key = (part.llm, *_shape(part, units))
-        for slot in part.slots if key in wanted else ():
-            devices = [same.get((slot.node, device)) for device in slot.devices]
-            names = {device[0] for device in devices if device is not None}
-            if None not in devices and len(names) == 1 and types[(name := names.pop())] == device_type:
-                had[key].append(Slot(node=name, devices=tuple(device[1] for device in devices if device is not None)))
-    kept: dict[int, Slot] = {}
-    used: Counter[str | tuple[str, int]] = Counter()
-    for key in sorted(had, key=lambda key: (len(had[key]) > len(wanted[key]), -key[1], -key[2], key[0])):
-        slots = sorted(had[key], key=lambda slot: (-used[slot.node, slot.devices[0]], -used[slot.node]))
-        for index, slot in zip(wanted[key], slots, strict=False):
-            kept[index] = slot
-            used[slot.node] += key[1] * units + key[2]
-            used[slot.node, slot.devices[0]] += key[2]
-    return kept
+        replica = groups.get((part.llm, *_shape(part, units)))
+        for slot in part.slots if replica is not None else ():
+            places = [same.get((slot.node, device)) for device in slot.devices]
+            devices = [place for place in places if place is not None and types[place[0]] == device_type]
+            if len(devices) == len(places) and len({name for name, _ in devices}) == 1:
+                assert replica is not None  # noqa: S101 - tells mypy what the loop has checked
+                had.append((replica, Slot(node=devices[0][0], devices=tuple(device for _, device in devices))))
+    return had
 
 
 def _shape(part: LLMPlan, units: int) -> tuple[int, int]:
-    """Whole devices and units of a shared one, as in `Replica`; a fraction that is no number of units fits none."""
+    """Size and units as in `Replica`; a fraction that is no number of units is like none."""
     if part.fraction == 1:
         return part.tensor_parallel_size, 0
     share = Fraction(part.fraction).limit_denominator(_FINEST) * units
     return 0, int(share) if share.denominator == 1 else -1
 
 
+def _trimmed(
+    had: Sequence[tuple[Replica, Slot]], wanted: Mapping[Replica, int], units: int
+) -> list[tuple[Replica, Slot]]:
+    """As many of each group as are wanted: of too many, those on the devices and nodes that are most in use."""
+    by_group: dict[Replica, list[Slot]] = defaultdict(list)
+    for replica, slot in had:
+        by_group[replica].append(slot)
+    stay = []
+    used: Counter[str | tuple[str, int]] = Counter()
+    # What stays whole comes first: it says which devices and nodes are in use anyway.
+    for replica in sorted(by_group, key=lambda one: (len(by_group[one]) > wanted.get(one, 0), -_units(one, units))):
+        slots = by_group[replica]
+        slots.sort(key=lambda slot: (-used[slot.node, slot.devices[0]], -used[slot.node]))
+        for slot in slots[: wanted.get(replica, 0)]:
+            stay.append((replica, slot))
+            used[slot.node] += _units(replica, units)
+            used[slot.node, slot.devices[0]] += replica.units
+    return stay
+
+
+def _units(replica: Replica, units: int) -> int:
+    return replica.size * units + replica.units
+
+
 def _colocated(
     nodes: Sequence[Node],
-    replicas: Sequence[Replica],
-    placed: Sequence[Slot],
-    kept: Mapping[int, Slot],
+    placed: Placed,
+    had: Sequence[tuple[Replica, Slot]],
     units: int,
     calls: Mapping[tuple[str, str], float],
-) -> list[Slot]:
+) -> Placed:
     """The same slots, given to other replicas of the same shape so that LLMs that call each other share nodes."""
-    stay = {index for index, slot in kept.items() if placed[index] == slot}
-    seats = [
-        Seat(
-            llm=replica.llm,
-            shape=(replica.size, replica.units),
-            weight=float(replica.size * units + replica.units),
-            node=slot.node,
-            fixed=index in stay,
-        )
-        for index, (replica, slot) in enumerate(zip(replicas, placed, strict=True))
-    ]
+    stay = Counter(had)
+    found = [(replica, slot) for replica, slots in placed.items() for slot in slots]
+    seats = []
+    for replica, slot in found:
+        fixed = stay[replica, slot] > 0
+        stay[replica, slot] -= fixed
+        shape, weight = (replica.size, replica.units), float(_units(replica, units))
+        seats.append(Seat(llm=replica.llm, shape=shape, weight=weight, node=slot.node, fixed=fixed))
     order = gather(seats, [node.name for node in nodes], [node.switch for node in nodes], calls)
-    return [placed[index] for index in order]
+    colocated: Placed = defaultdict(list)
+    for (replica, _), index in zip(found, order, strict=True):
+        colocated[replica].append(found[index][1])
+    return colocated
 
 
 def check_placement(plan: Plan) -> list[str]:
