@@ -79,6 +79,8 @@ class Prediction:
     `gap` the relative distance of `latency_s` to it. `max_rate_rps` is the rate at which the bottleneck reaches the
     highest utilisation that is planned for. `tool_s` is the part of the latency that no LLM spends. `replayed` is what
     a replay of the plan gave, where one was made: it has the queues and bursts that the closed form only approximates.
+
+    Where workflows have weights, `objective_s` is the mean latency with them; the bound and the gap are for it then.
     """
 
     latency_s: float
@@ -89,6 +91,7 @@ class Prediction:
     tool_s: float
     workflow_latency_s: Mapping[str, float] = field(default_factory=dict)
     replayed: ReplayedLatency | None = None
+    objective_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,6 @@ import numpy as np
 
 from scepsy_optimizer.allocation import (
     MAX_UTILISATION,
-    UNITS_PER_DEVICE,
     Choice,
     Groups,
     Option,
@@ -19,12 +18,13 @@ from scepsy_optimizer.allocation import (
 )
 from scepsy_optimizer.cluster import Cluster
 from scepsy_optimizer.errors import ScepsyError
+from scepsy_optimizer.infeasible import explain_no_plan
 from scepsy_optimizer.pipeline import build_pipeline, workflow_latencies_s
 from scepsy_optimizer.placement import place
 from scepsy_optimizer.plan import LLMPlan, Plan, Prediction, Slot
 from scepsy_optimizer.profile import LLMProfile, Profiles, find_profile, profiles_of
-from scepsy_optimizer.requirements import NO_REQUIREMENTS, Requirements
-from scepsy_optimizer.search import budget_units, find_allocation, highest_rate
+from scepsy_optimizer.requirements import NO_REQUIREMENTS, Requirements, check_requirements
+from scepsy_optimizer.search import budget_units, find_allocation
 from scepsy_optimizer.steady_state import replay_steady_state
 from scepsy_optimizer.workload import Workload
 
@@ -63,21 +63,22 @@ def optimize(
         provenance=provenance,
     )
     if not plans:
-        rate, bottleneck = highest_rate(
-            workload,
-            profiles,
-            cluster,
-            max_units=max_units,
-            max_utilisation=max_utilisation,
-            requirements=requirements,
-        )
-        devices = budget_units(cluster, max_units) / UNITS_PER_DEVICE
         raise ScepsyError(
-            f"a rate of {rate_rps:g} executions/s is out of reach on {devices:g} {cluster.device_type}: the highest is "
-            f"{rate:.3g}/s, limited by {bottleneck!r}. Ask for less, add devices, or make {bottleneck!r} smaller"
+            explain_no_plan(
+                workload,
+                profiles,
+                cluster,
+                rate_rps=rate_rps,
+                max_units=max_units,
+                max_utilisation=max_utilisation,
+                requirements=requirements,
+            )
         )
     if replay_seed is None:
         return plans[0]
+    if requirements.weighs_workflows:
+        # A replay's mean knows no weights: the order of the closed form stands.
+        return with_replay(plans[0], profiles, workload, replay_seed)
     return least_replayed([with_replay(plan, profiles, workload, replay_seed) for plan in plans])
 
 
@@ -116,7 +117,7 @@ def find_plans(
         bound_s = allocation.lower_bound_s if bound_s is None else bound_s
         near = [one for one in allocation.candidates if one.latency_s <= allocation.latency_s * _WORTH_REPLAYING]
         plans = tuple(
-            _bounded(plan, bound_s)
+            _bounded(plan, candidate.latency_s, bound_s, requirements)
             for candidate in near[:_MAX_REPLAYED]
             if (
                 plan := _build(
@@ -126,15 +127,26 @@ def find_plans(
                     candidate.options,
                     rate_rps=rate_rps,
                     max_utilisation=max_utilisation,
+                    spread=requirements.spread,
                     provenance=provenance,
                 )
             )
+            and not check_requirements(plan, requirements)
         )
         if plans:
             return plans
         # Groups did not fit into the domains side by side: plan for fewer devices and try again.
         units = sum(option.units for option in allocation.options.values()) - 1
     return ()
+
+
+def keep_in_place(plan: Plan, old: Plan) -> Plan:
+    """The same plan with what an old one has already left where it is, as far as the allocation leaves it."""
+    slots = place(plan_choices(plan), plan.cluster, prefer=old)
+    if slots is None:
+        return plan
+    left = {llm: iter(groups) for llm, groups in slots.items()}
+    return replace(plan, llms=tuple(replace(part, slots=next(left[part.llm])) for part in plan.llms))
 
 
 def with_replay(plan: Plan, profiles: Profiles, workload: Workload, seed: int) -> Plan:
@@ -238,10 +250,15 @@ def plan_choices(plan: Plan) -> dict[str, Groups]:
     }
 
 
-def _bounded(plan: Plan, bound_s: float) -> Plan:
+def _bounded(plan: Plan, objective_s: float, bound_s: float, requirements: Requirements) -> Plan:
     assert plan.prediction is not None  # noqa: S101 - every built plan has one
-    gap = max(0.0, 1 - bound_s / plan.prediction.latency_s)
-    return replace(plan, prediction=replace(plan.prediction, lower_bound_s=bound_s, gap=gap))
+    prediction = replace(
+        plan.prediction,
+        lower_bound_s=min(bound_s, objective_s),
+        gap=max(0.0, 1 - bound_s / objective_s),
+        objective_s=objective_s if requirements.weighs_workflows else None,
+    )
+    return replace(plan, prediction=prediction)
 
 
 def _build(
@@ -253,9 +270,10 @@ def _build(
     rate_rps: float,
     max_utilisation: float,
     provenance: Mapping[str, str] | None,
+    spread: bool = False,
 ) -> Plan | None:
     """Place the options and predict; None where they cannot be placed."""
-    slots = place({llm: option.groups for llm, option in options.items()}, cluster)
+    slots = place({llm: option.groups for llm, option in options.items()}, cluster, spread=spread)
     if slots is None:
         return None
     speeds = {llm: option.speed for llm, option in options.items()}

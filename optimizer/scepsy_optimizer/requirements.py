@@ -84,10 +84,15 @@ class WorkflowRequirements:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Requirements:
-    """All requirements on a plan, by LLM and by workflow. What is not named is free."""
+    """All requirements on a plan, by LLM and by workflow. What is not named is free.
+
+    With `spread` the replicas of an LLM sit on different nodes as far as there is room, so that the failure of one node
+    takes few of them.
+    """
 
     llms: Mapping[str, LLMRequirements] = field(default_factory=dict)
     workflows: Mapping[str, WorkflowRequirements] = field(default_factory=dict)
+    spread: bool = False
 
     def of_llm(self, llm: str) -> LLMRequirements:
         """The requirements of one LLM."""
@@ -96,6 +101,11 @@ class Requirements:
     def of_workflow(self, workflow: str) -> WorkflowRequirements:
         """The requirements of one workflow."""
         return self.workflows.get(workflow, _FREE_WORKFLOW)
+
+    @property
+    def weighs_workflows(self) -> bool:
+        """Whether some workflow counts more than another."""
+        return any(one.weight != 1 for one in self.workflows.values())
 
     @property
     def latency_limits_s(self) -> dict[str, float]:

@@ -109,6 +109,8 @@ def describe_prediction(plan: Plan) -> str:
     if prediction.replayed is not None:
         replayed = prediction.replayed
         words += f"; replayed {replayed.mean_s:.2f} s, p50 {replayed.p50_s:.2f}, p95 {replayed.p95_s:.2f}"
+    if prediction.objective_s is not None:
+        words += f"; with the workflows' weights {prediction.objective_s:.2f} s"
     if prediction.lower_bound_s > 0:
         words += f"; no allocation is under {prediction.lower_bound_s:.2f} s (gap {prediction.gap:.1%})"
     return words
