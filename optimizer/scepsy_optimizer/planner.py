@@ -250,12 +250,15 @@ def plan_choices(plan: Plan) -> dict[str, Groups]:
     }
 
 
-def _bounded(plan: Plan, objective_s: float, bound_s: float, requirements: Requirements) -> Plan:
+def _bounded(plan: Plan, weighted_s: float, bound_s: float, requirements: Requirements) -> Plan:
+    """The plan with the bound; `weighted_s` is what was minimised, the mean latency where workflows weigh alike."""
     assert plan.prediction is not None  # noqa: S101 - every built plan has one
+    objective_s = weighted_s if requirements.weighs_workflows else plan.prediction.latency_s
+    bound_s = min(bound_s, objective_s)
     prediction = replace(
         plan.prediction,
-        lower_bound_s=min(bound_s, objective_s),
-        gap=max(0.0, 1 - bound_s / objective_s),
+        lower_bound_s=bound_s,
+        gap=1 - bound_s / objective_s,
         objective_s=objective_s if requirements.weighs_workflows else None,
     )
     return replace(plan, prediction=prediction)
