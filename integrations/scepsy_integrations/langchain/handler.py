@@ -21,7 +21,21 @@ if TYPE_CHECKING:
     from langchain_core.outputs import LLMResult
 
 from scepsy import semconv
-from scepsy.capture import Handle, end_call, guard_task, harmless, how_ended, muted, recorder, settle_task
+from scepsy.capture import (
+    Handle,
+    end_call,
+    guard_task,
+    harmless,
+    how_ended,
+    message,
+    muted,
+    note_content,
+    recorder,
+    settings,
+    settle_task,
+    text_parts,
+)
+from scepsy_integrations.langchain.content import answers, said
 
 _HIDDEN_TAG: Final = "langsmith:hidden"
 _PURE_RUN_TYPES: Final = frozenset({"prompt", "parser"})
@@ -173,7 +187,9 @@ class ScepsyCallbackHandler(BaseCallbackHandler):
         **kwargs: Any,
     ) -> None:
         """A chat model is called."""
-        _start_call(semconv.CHAT, serialized, run_id, parent_run_id, kwargs)
+        handle = _start_call(semconv.CHAT, serialized, run_id, parent_run_id, kwargs)
+        if handle is not None and settings.record_content:
+            note_content(handle, semconv.INPUT_MESSAGES, lambda: [said(one) for one in messages[0]])
 
     @harmless
     def on_llm_start(
@@ -186,7 +202,9 @@ class ScepsyCallbackHandler(BaseCallbackHandler):
         **kwargs: Any,
     ) -> None:
         """A completion model is called."""
-        _start_call(semconv.TEXT_COMPLETION, serialized, run_id, parent_run_id, kwargs)
+        handle = _start_call(semconv.TEXT_COMPLETION, serialized, run_id, parent_run_id, kwargs)
+        if handle is not None and settings.record_content:
+            note_content(handle, semconv.INPUT_MESSAGES, lambda: [message("user", text_parts(one)) for one in prompts])
 
     @harmless
     def on_llm_new_token(self, token: Any, *, run_id: UUID, **kwargs: Any) -> None:
@@ -202,6 +220,8 @@ class ScepsyCallbackHandler(BaseCallbackHandler):
         if handle is not None:
             try:
                 _describe(handle, response)
+                if settings.record_content and handle.kind == semconv.KIND_LLM:
+                    note_content(handle, semconv.OUTPUT_MESSAGES, lambda: answers(response))
             finally:
                 end_call(handle)
 
@@ -219,9 +239,9 @@ def _start_call(
     run_id: UUID,
     parent_run_id: UUID | None,
     kwargs: dict[str, Any],
-) -> None:
+) -> Handle | None:
     if run_id.int in recorder.open or muted():
-        return
+        return None
     metadata = kwargs.get("metadata") or {}
     parameters = kwargs.get("invocation_params") or {}
     model = (
@@ -244,6 +264,7 @@ def _start_call(
         _note_conversation(handle, metadata)
     _link(handle, task)
     guard_task(handle)
+    return handle
 
 
 def _end(run_id: UUID, error: BaseException | None) -> None:

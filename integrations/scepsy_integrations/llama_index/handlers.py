@@ -31,11 +31,17 @@ from scepsy.capture import (
     guard_task,
     harmless,
     how_ended,
+    message,
     muted,
+    note_content,
     now_ns,
     recorder,
+    settings,
     settle_task,
+    text_parts,
 )
+from scepsy.capture.content import Message
+from scepsy_integrations.llama_index.content import answer, said
 
 _UUID_LENGTH: Final = 36
 _LIMIT: Final = 10_000
@@ -166,6 +172,8 @@ def _answered(event: Any) -> None:
     call = _take(event.span_id)
     if call is not None:
         _describe(call, event.response)
+        if settings.record_content and call.kind == semconv.KIND_LLM:
+            note_content(call, semconv.OUTPUT_MESSAGES, lambda: [answer(event.response)])
         end_call(call)
 
 
@@ -194,16 +202,27 @@ def _unread(span_id: str) -> None:
         end_call(call, GeneratorExit())
 
 
-def _started(operation: str) -> Callable[[Any], None]:
+def _started(operation: str) -> Callable[[Any], object]:
     return lambda event: _start_call(operation, event.span_id, event.model_dict)
 
 
+def _asked(operation: str, content: Callable[[Any], list[Message]]) -> Callable[[Any], None]:
+    def react(event: Any) -> None:
+        call = _start_call(operation, event.span_id, event.model_dict)
+        if call is not None and settings.record_content:
+            note_content(call, semconv.INPUT_MESSAGES, lambda: content(event))
+
+    return react
+
+
 # By name, so that LlamaIndex itself is not imported by an agent that uses only its workflows.
-_REACTIONS: Final[dict[str, Callable[[Any], None]]] = {
-    "LLMChatStartEvent": _started(semconv.CHAT),
+_REACTIONS: Final[dict[str, Callable[[Any], object]]] = {
+    "LLMChatStartEvent": _asked(semconv.CHAT, lambda event: [said(one) for one in event.messages]),
     "LLMChatInProgressEvent": _progressed,
     "LLMChatEndEvent": _answered,
-    "LLMCompletionStartEvent": _started(semconv.TEXT_COMPLETION),
+    "LLMCompletionStartEvent": _asked(
+        semconv.TEXT_COMPLETION, lambda event: [message("user", text_parts(event.prompt))]
+    ),
     "LLMCompletionInProgressEvent": _progressed,
     "LLMCompletionEndEvent": _answered,
     "EmbeddingStartEvent": _started(semconv.EMBEDDINGS),
@@ -271,9 +290,9 @@ def _kind_and_role(
     return semconv.KIND_STEP, owner or name
 
 
-def _start_call(operation: str, span_id: str | None, model: dict[str, Any]) -> None:
+def _start_call(operation: str, span_id: str | None, model: dict[str, Any]) -> Handle | None:
     if muted():
-        return
+        return None
     name = model.get("model_name") or model.get("model") or model.get("class_name") or ""
     parent, outer = recorder.around(_above(span_id), without=_current)
     handle = recorder.start_below(parent, outer, semconv.KIND_LLM, str(name), operation=operation)
@@ -284,6 +303,7 @@ def _start_call(operation: str, span_id: str | None, model: dict[str, Any]) -> N
         _bounded(_calls, key, [handle])
     else:
         calls.append(handle)
+    return handle
 
 
 def _first_open(span_id: str | None) -> Handle | None:

@@ -18,8 +18,12 @@ def describe(exchange: Exchange, answer: Any) -> None:
         answer = answer.parse()
     known = fields(answer)
     note_identity(exchange, known)
-    note_usage(exchange, known.get("usage"))
-    note_timings(exchange, answer)
+    usage = known.get("usage")
+    if usage is not None:
+        note_usage(exchange, usage)
+    extra = extras(answer)
+    if extra:
+        note_timings(exchange, extra)
 
 
 def is_raw(answer: Any) -> bool:
@@ -35,6 +39,11 @@ def fields(value: Any) -> dict[str, Any]:
     return value if type(value) is dict else getattr(value, "__dict__", _NOTHING)
 
 
+def extras(value: Any) -> Mapping[str, Any] | None:
+    """What the server has sent that openai's model has no field for."""
+    return value if type(value) is dict else getattr(value, "__pydantic_extra__", None)
+
+
 def note_identity(exchange: Exchange, known: Mapping[str, Any]) -> None:
     """Note which model answered, and the answer's id."""
     model, name = known.get("model"), known.get("id")
@@ -46,8 +55,6 @@ def note_identity(exchange: Exchange, known: Mapping[str, Any]) -> None:
 
 def note_usage(exchange: Exchange, usage: Any) -> None:
     """Note tokens, in the words of the chat and completions APIs or in those of the responses API."""
-    if usage is None:
-        return
     known = fields(usage)
     given = _first(known, "prompt_tokens", "input_tokens")
     made = _first(known, "completion_tokens", "output_tokens")
@@ -63,11 +70,8 @@ def note_usage(exchange: Exchange, usage: Any) -> None:
         exchange.note(semconv.REASONING_TOKENS, fields(details).get("reasoning_tokens"))
 
 
-def note_timings(exchange: Exchange, answer: Any) -> None:
-    """Note what the server says of its own time, where it does: openai's models keep that among what they do not know."""
-    extra = answer if type(answer) is dict else getattr(answer, "__pydantic_extra__", None)
-    if not extra:
-        return
+def note_timings(exchange: Exchange, extra: Mapping[str, Any]) -> None:
+    """Note what the server says of its own time, where it does."""
     metrics = extra.get("metrics")
     if isinstance(metrics, Mapping):  # vLLM, with --enable-per-request-metrics
         queue_ms = metrics.get("queue_time_ms")

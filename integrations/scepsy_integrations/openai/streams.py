@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Final
 
 from scepsy.capture import Exchange, harmless
-from scepsy_integrations.openai.answers import describe, fields, is_raw, note_identity, note_timings, note_usage
+from scepsy_integrations.openai.answers import describe, extras, fields, is_raw, note_identity, note_timings, note_usage
 from scepsy_integrations.openai.content import Spoken, note_answer, records_content
 
 _READ_LIMIT_BYTES: Final = 1 << 20
@@ -99,12 +99,13 @@ class _Followed:
 
 @harmless
 def _take_event(exchange: Exchange, spoken: Spoken | None, piece: Any) -> bool:
+    # This runs for every piece of every stream: no step of it that the piece at hand does not need.
     known = fields(piece)
     if spoken is not None:
         spoken.add(known)
     choices = known.get("choices")
     if choices is None:
-        generated = known.get("type", "").endswith(".delta")  # an event of the responses API
+        generated = (known.get("type") or "").endswith(".delta")  # an event of the responses API
         exchange.received(answer=generated, generated=generated)
         whole = known.get("response")
         if whole is not None:
@@ -114,9 +115,22 @@ def _take_event(exchange: Exchange, spoken: Spoken | None, piece: Any) -> bool:
     if exchange.chunks <= 1:
         note_identity(exchange, known)
     usage = known.get("usage")
-    note_usage(exchange, usage)
-    note_timings(exchange, piece)
+    if usage is not None:
+        note_usage(exchange, usage)
+    extra = extras(piece)
+    if extra:
+        note_timings(exchange, extra)
     return exchange.hides_usage and usage is not None and not choices
+
+
+def _generates(choice: Any) -> bool:
+    known = fields(choice)
+    delta = known.get("delta")
+    if delta is None:
+        return bool(known.get("text"))
+    made = fields(delta)
+    # What openai's models do not know counts as well: servers stream a model's reasoning under several names.
+    return bool(made.get("content") or made.get("tool_calls") or extras(delta))
 
 
 class _Reader(_Followed):
@@ -173,16 +187,6 @@ class _AsyncReader(_Followed):
         """As async generators have it."""
         await self.pieces.aclose()
         self.closed()
-
-
-def _generates(choice: Any) -> bool:
-    known = fields(choice)
-    delta = known.get("delta")
-    if delta is None:
-        return bool(known.get("text"))
-    made = fields(delta)
-    # What openai's models do not know is there as well: servers stream a model's reasoning under several names.
-    return bool(made.get("content") or made.get("tool_calls") or getattr(delta, "__pydantic_extra__", None))
 
 
 def _on_close(http: Any, closed: Callable[[], None]) -> None:

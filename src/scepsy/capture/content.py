@@ -1,4 +1,4 @@
-"""What was said, as OpenTelemetry's conventions write it: recorded only where the user asked, and only once redacted."""
+"""What was said, as OpenTelemetry's conventions write it: recorded only where the user asked, once redacted."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ class Exchange:
     """One request to a server that speaks OpenAI's API, with all attempts that its client makes."""
 
     __slots__ = (
-        "attempt_ns", "attempts", "backoff_ns", "chunks", "end_ns", "failed", "first_ns", "handle", "hides_usage", "last_ns", "owned",
-        "start_ns", "streamed", "wait_ns", "wasted_ns",
+        "attempt_ns", "attempts", "backoff_ns", "chunks", "end_ns", "failed", "first_ns", "handle", "hides_usage",
+        "last_ns", "owned", "start_ns", "streamed", "wait_ns", "wasted_ns",
     )  # fmt: skip
 
     def __init__(self, handle: Handle, *, owned: bool) -> None:

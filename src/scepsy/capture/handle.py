@@ -125,9 +125,10 @@ class Handle:
         if self.outer is None and self.parent is not None:
             self.parent.identify()
             self.trace_id, self.parent_id = self.parent.trace_id, self.parent.span_id
+        elif self.outer is None:
+            self.trace_id, self.parent_id = recorder.root_identity
         else:
-            above = trace.get_current_span(recorder.root_context if self.outer is None else self.outer)
-            identity = above.get_span_context()
+            identity = trace.get_current_span(self.outer).get_span_context()
             self.trace_id, self.parent_id = identity.trace_id, identity.span_id
         self.trace_id = self.trace_id or _ids.getrandbits(128)
         self.span_id = _ids.getrandbits(64) or 1

@@ -51,6 +51,8 @@ class Recorder:
         self.limit = limit
         self.max_age_s = max_age_s
         self.root_context = Context()
+        self.root_identity = (0, 0)
+        """Trace and span of the process that started this one, if it left a TRACEPARENT."""
         self.tracer: Tracer | None = None
         self.sink: Sink = _nowhere
         self._until_sweep = 1024
@@ -72,6 +74,8 @@ class Recorder:
         """Continue the trace of the process that started this one, if it left a TRACEPARENT."""
         carrier = {name.lower(): os.environ[name] for name in ("TRACEPARENT", "TRACESTATE") if name in os.environ}
         self.root_context = PROPAGATOR.extract(carrier, Context())
+        identity = trace.get_current_span(self.root_context).get_span_context()
+        self.root_identity = (identity.trace_id, identity.span_id)
 
     def around(
         self, given: Handle | None = None, *, without: Source | None = None
