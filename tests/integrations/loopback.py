@@ -3,8 +3,10 @@
 The model's name is the request's wish: words joined by `+`, such as `flaky+slow`.
 
 * `flaky`: 429 first, good the second time; `broken`: 500 always
-* `slow`: answers after 150 ms; `pieces`: streams 5 pieces, 10 ms apart; `endless`: streams until nobody listens
+* `slow`: answers after 150 ms; `stuck`: never answers; `pieces`: streams 5 pieces, 10 ms apart; `long`: streams 200;
+  `endless`: streams until nobody listens
 * `cut`: closes the connection in the middle of a stream; `malformed`: sends a piece that is not JSON
+* `tools`: wishes to call a tool instead of answering
 * `bare`: tells no usage; `metrics`: tells vLLM's per-request metrics
 """
 
@@ -20,6 +22,16 @@ from aiohttp import web
 INPUT_TOKENS, CACHED_TOKENS, OUTPUT_TOKENS, REASONING_TOKENS = 9, 4, 5, 2
 METRICS = {"queue_time_ms": 30.0, "time_to_first_token_ms": 20.0, "generation_time_ms": 100.0}
 
+_TOOL_CALL = {"id": "t", "type": "function", "function": {"name": "look_up", "arguments": '{"word": "x"}'}}
+
+
+def _piece_of_tool_call(index):
+    """The first of five pieces names the tool, the others bring its arguments."""
+    if index == 0:
+        return {**_TOOL_CALL, "index": 0, "function": {"name": "look_up", "arguments": ""}}
+    arguments = _TOOL_CALL["function"]["arguments"]
+    return {"index": 0, "function": {"arguments": arguments[(index - 1) * 4 : index * 4]}}
+
 
 @dataclass
 class Seen:
@@ -29,6 +41,7 @@ class Seen:
     start_ns: int
     status: int = 0
     end_ns: int = 0
+    first_piece_ns: int = 0
     last_piece_ns: int = 0
     streamed: bool = False
     disconnected: bool = False
@@ -101,6 +114,8 @@ class Loopback:
         try:
             if "slow" in wishes:
                 await asyncio.sleep(0.15)
+            if "stuck" in wishes:
+                await asyncio.sleep(3600)
             if "broken" in wishes:
                 return self._refuse(seen, 500)
             if "flaky" in wishes and self._flaky.setdefault(seen.model, 0) == 0:
@@ -149,6 +164,8 @@ class Loopback:
             answer["metrics"] = METRICS
         if path.endswith("/chat/completions"):
             message = {"role": "assistant", "content": '{"answer": 42}'}
+            if "tools" in wishes:
+                message = {"role": "assistant", "content": None, "tool_calls": [_TOOL_CALL]}
             choices = [{"index": 0, "finish_reason": "stop", "message": message}]
             return answer | {"object": "chat.completion", "choices": choices}
         if path.endswith("/completions"):
@@ -171,11 +188,12 @@ class Loopback:
     async def _stream(self, request, seen, body, wishes):
         out = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await out.prepare(request)
-        count = 10**6 if "endless" in wishes else 5
+        count = 10**6 if "endless" in wishes else 200 if "long" in wishes else 5
         for index in range(count):
             for event in self._pieces(seen, index, count):
                 await self._send(out, event)
             seen.last_piece_ns = time.time_ns()
+            seen.first_piece_ns = seen.first_piece_ns or seen.last_piece_ns
             if "cut" in wishes and index == 1:
                 request.transport.abort()
                 return out
@@ -210,7 +228,10 @@ class Loopback:
             if index == 0:
                 first = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
                 yield base | {"object": "chat.completion.chunk", "choices": [first]}
-            choice = {"index": 0, "delta": {"content": "4"}, "finish_reason": finish}
+            delta = {"content": "4"}
+            if "tools" in seen.model.split("+"):
+                delta = {"tool_calls": [_piece_of_tool_call(index)]}
+            choice = {"index": 0, "delta": delta, "finish_reason": finish}
             yield base | {"object": "chat.completion.chunk", "choices": [choice]}
         else:
             choice = {"index": 0, "text": "4", "finish_reason": finish, "logprobs": None}
