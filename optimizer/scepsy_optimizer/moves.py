@@ -1,0 +1,231 @@
+"""From a running plan to a new one: what stays, what restarts, and in which order.
+
+A replica stays where the new plan has an equal one on the same devices. All others of the new plan are starts, all
+others of the old one stops; a start and a stop of equal replicas are a move, paired so that it goes the least distance.
+A stop waits until its LLM has another replica running, a start until its devices have room; where an order exists in
+which no LLM is ever without a replica, that order is found, on free devices with a temporary replica if need be.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+from scepsy_optimizer.cluster import Cluster, same_devices
+from scepsy_optimizer.move_order import Device, Occupation, order_steps
+from scepsy_optimizer.plan import Plan, Slot
+
+# Fractions in plans are decimal; this recovers tenths and thirds from them.
+_FINEST = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """What two replicas must have in common to be equal: the model and every setting that an engine starts with."""
+
+    llm: str
+    model: str
+    tensor_parallel_size: int
+    fraction: Fraction
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    gpu_memory_utilization: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Move:
+    """One step: start or stop a replica on a slot, and wait until it is ready or gone.
+
+    A slot of a stop is named as in the old plan's cluster, one of a start as in the new one's. `partner` is, for the
+    two steps of a move, the slot at the other end. `interrupts` marks a stop that leaves its LLM without any replica,
+    `temporary` a replica that only serves between the others and is in neither plan.
+    """
+
+    action: Literal["start", "stop"]
+    engine: Engine
+    slot: Slot
+    partner: Slot | None = None
+    interrupts: bool = False
+    temporary: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moves:
+    """The steps in their order, and the replicas that stay, with their slots in the new plan."""
+
+    steps: tuple[Move, ...]
+    stay: tuple[tuple[Engine, Slot], ...]
+
+    @property
+    def restarts(self) -> int:
+        """How many replicas have to be started."""
+        return sum(step.action == "start" for step in self.steps)
+
+    @property
+    def interrupted(self) -> tuple[str, ...]:
+        """LLMs that are for a while without any replica."""
+        return tuple(sorted({step.engine.llm for step in self.steps if step.interrupts}))
+
+
+def plan_moves(old: Plan, new: Plan) -> Moves:
+    """The fewest restarts that turn the old plan into the new one, in an order that keeps every LLM served if one does.
+
+    Devices of the two clusters are the same where `same_devices` says so. A temporary replica, one more restart, is
+    added only where an LLM would be interrupted otherwise.
+    """
+    same = same_devices(old.cluster, new.cluster)
+    at: dict[tuple[Engine, frozenset[Device]], list[Slot]] = defaultdict(list)
+    for engine, slot in _replicas(old):
+        at[engine, frozenset(same[device] for device in _devices(slot) if device in same)].append(slot)
+    stay: list[tuple[Engine, Slot]] = []
+    starts: list[tuple[Engine, Slot]] = []
+    for engine, slot in _replicas(new):
+        here = at[engine, _devices(slot)]
+        if here:
+            here.pop()
+            stay.append((engine, slot))
+        else:
+            starts.append((engine, slot))
+    stops = [(engine, slot) for (engine, _), slots in at.items() for slot in slots]
+    leaving = [_occupation(engine, devices) for (engine, devices), slots in at.items() for _ in slots]
+    coming = [_occupation(engine, _devices(slot)) for engine, slot in starts]
+    staying = [_occupation(engine, _devices(slot)) for engine, slot in stay]
+    steps = order_steps(leaving, coming, staying)
+    bridges: list[tuple[Engine, Slot]] = []
+    while lost := [stops[step.index] for step in steps if step.interrupts]:
+        engine, slot = lost[0]
+        device_type = next(node.device_type for node in old.cluster.nodes if node.name == slot.node)
+        free = _free_slot(engine, device_type, new.cluster, [*leaving, *staying], coming)
+        if free is None:
+            break
+        stops.append((engine, free))
+        bridges.append((engine, free))
+        leaving.append(_occupation(engine, _devices(free)))
+        steps = order_steps(leaving, coming, staying)
+    moves = [Move(action="start", engine=engine, slot=slot, temporary=True) for engine, slot in bridges]
+    own = len(stops) - len(bridges)
+    goes, comes = _pairs(stops[:own], starts, old.cluster, new.cluster)
+    for step in steps:
+        engine, slot = (starts if step.start else stops)[step.index]
+        moves.append(
+            Move(
+                action="start" if step.start else "stop",
+                engine=engine,
+                slot=slot,
+                partner=(comes if step.start else goes).get(step.index),
+                interrupts=step.interrupts,
+                temporary=not step.start and step.index >= own,
+            )
+        )
+    return Moves(steps=tuple(moves), stay=tuple(stay))
+
+
+def _replicas(plan: Plan) -> Iterator[tuple[Engine, Slot]]:
+    for part in plan.llms:
+        engine = Engine(
+            llm=part.llm,
+            model=part.model,
+            tensor_parallel_size=part.tensor_parallel_size,
+            fraction=Fraction(part.fraction).limit_denominator(_FINEST),
+            max_num_seqs=part.max_num_seqs,
+            max_num_batched_tokens=part.max_num_batched_tokens,
+            max_model_len=part.max_model_len,
+            gpu_memory_utilization=part.gpu_memory_utilization,
+        )
+        for slot in part.slots:
+            yield engine, slot
+
+
+def _devices(slot: Slot) -> frozenset[Device]:
+    return frozenset((slot.node, device) for device in slot.devices)
+
+
+def _occupation(engine: Engine, devices: frozenset[Device]) -> Occupation:
+    return Occupation(llm=engine.llm, part=engine.fraction, devices=devices)
+
+
+def _free_slot(
+    engine: Engine,
+    device_type: str,
+    cluster: Cluster,
+    running: Sequence[Occupation],
+    coming: Sequence[Occupation],
+) -> Slot | None:
+    """Where one more such replica can start before anything stops, if possible where nothing is to start."""
+    used: dict[Device, Fraction] = defaultdict(Fraction)
+    for one in running:
+        for device in one.devices:
+            used[device] += one.part
+    awaited = {device for one in coming for device in one.devices}
+    best: tuple[int, Slot] | None = None
+    for node in cluster.nodes:
+        for domain in node.nvlink_domains if node.device_type == device_type else ():
+            open_ = [device for device in domain if used[node.name, device] + engine.fraction <= 1]
+            open_.sort(key=lambda device: (node.name, device) in awaited)
+            chosen = open_[: engine.tensor_parallel_size]
+            cost = sum((node.name, device) in awaited for device in chosen)
+            if len(chosen) == engine.tensor_parallel_size and (best is None or cost < best[0]):
+                best = (cost, Slot(node=node.name, devices=tuple(sorted(chosen))))
+    return None if best is None else best[1]
+
+
+def _pairs(
+    stops: Sequence[tuple[Engine, Slot]], starts: Sequence[tuple[Engine, Slot]], old: Cluster, new: Cluster
+) -> tuple[dict[int, Slot], dict[int, Slot]]:
+    """Of equal replicas that stop and start, which goes where: the slot at the other end, for stops and for starts.
+
+    As many as possible within a node, then below a switch, then anywhere: in a tree that is the least total distance.
+    """
+    switch = {node.name: node.switch for cluster in (old, new) for node in cluster.nodes}
+    goes: dict[int, Slot] = {}
+    comes: dict[int, Slot] = {}
+    for level in ("node", "switch", "network"):
+        near: dict[tuple[Engine, str], list[int]] = defaultdict(list)
+
+        def place(engine: Engine, slot: Slot, level: str = level) -> tuple[Engine, str]:
+            return engine, {"node": slot.node, "switch": switch[slot.node] or slot.node}.get(level, "")
+
+        for index, (engine, slot) in enumerate(stops):
+            if index not in goes:
+                near[place(engine, slot)].append(index)
+        for index, (engine, slot) in enumerate(starts):
+            here = near[place(engine, slot)]
+            if index not in comes and here:
+                other = here.pop(0)
+                goes[other], comes[index] = slot, stops[other][1]
+    return goes, comes
+
+
+def describe_moves(moves: Moves) -> list[str]:
+    """What would change, in words, one line for each step in its order."""
+    return [_describe(move) for move in moves.steps]
+
+
+def _describe(move: Move) -> str:
+    llm, where = move.engine.llm, _place(move.engine, move.slot)
+    if move.temporary:
+        return f"{llm}: {move.action} a temporary replica on {where}"
+    if move.partner is None:
+        text = f"{llm}: {move.action} {_kind(move.engine)} on {where}"
+    elif move.action == "start":
+        text = f"{llm}: start {_kind(move.engine)} on {where}, moved from {_place(move.engine, move.partner)}"
+    else:
+        text = f"{llm}: stop {_kind(move.engine)} on {where}, moved to {_place(move.engine, move.partner)}"
+    return f"{text} (interrupts {llm})" if move.interrupts else text
+
+
+def _kind(engine: Engine) -> str:
+    if engine.fraction < 1:
+        return f"{float(engine.fraction):g} device"
+    return f"tensor_parallel_size {engine.tensor_parallel_size}"
+
+
+def _place(engine: Engine, slot: Slot) -> str:
+    devices = ",".join(str(device) for device in slot.devices)
+    return (
+        f"{slot.node}: {devices}" if engine.fraction == 1 else f"{slot.node}: {float(engine.fraction):g} of {devices}"
+    )
