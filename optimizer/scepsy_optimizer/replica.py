@@ -1,10 +1,13 @@
 """One replica under load, in closed form: how long its calls take, and how much it can carry.
 
 A call waits for the step in progress, computes its prompt, and then decodes token by token in steps shared with
-whoever else is running. By Little's law the mean number of other calls decoding is `rate * decode time`; every prompt
-that arrives meanwhile stretches the decoding by its own work. Both give a fixed point in the batch size, solved by
-bisection, vectorised over arrival rates. Calls of one execution arrive together: a call sees its own siblings beside
-the calls of other executions, so the batch is `1 + siblings + rate * decode time`.
+whoever else is running. By Little's law the mean number of other calls decoding is `rate * decode time`; every step
+also computes the prompts that arrived during the one before, which share its reading of the weights. Both give a fixed
+point in the step time, solved by bisection, vectorised over arrival rates. Calls of one execution arrive together: a
+call sees its own siblings beside the calls of other executions, so the batch is `1 + siblings + rate * decode time`.
+
+Where the batch is limited (by `max_num_seqs` or by the KV cache), calls also wait to be admitted: the number in the
+system is taken as a birth-death process whose rate of ends is that of the steps at each batch size.
 """
 
 from __future__ import annotations
@@ -20,12 +23,24 @@ from scepsy_optimizer.workload import LLMDemand
 
 Array = NDArray[np.float64]
 
+# More rates than this are interpolated between so many of them: options differ in little but their rates.
+_MAX_RATES = 64
+# Iterations of bisection: to one part in a million million of the longest step.
+_BISECTIONS = 40
+_PASSES = 3
+# A queue at its very limit is infinite; the closed form is not asked about it.
+_FULLEST = 0.98
+# Stands for no calls where a division wants some.
+_NONE = 1e-9
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallShape:
     """Mean lengths of an LLM's calls, and the longest context that one of them reaches.
 
-    `overlap` is the mean number of calls of one execution that run together.
+    `overlap` is the mean number of calls of one execution that run together. `context_tokens` is the mean context of a
+    token being decoded, `prompt_pairs` the mean of what attention computes for a prompt, input^2 - cached^2; 0 stands
+    for what they are where all calls are alike. `output_cv` is the coefficient of variation of the output tokens.
     """
 
     input_tokens: float
@@ -33,6 +48,9 @@ class CallShape:
     output_tokens: float
     overlap: float
     longest_tokens: int = 0
+    context_tokens: float = 0.0
+    prompt_pairs: float = 0.0
+    output_cv: float = 1.0
 
     @property
     def computed_tokens(self) -> float:
@@ -44,6 +62,22 @@ class CallShape:
         """Output tokens; a call without output (an embedding) ends with its first step."""
         return max(1.0, self.output_tokens)
 
+    @property
+    def context(self) -> float:
+        """Mean context of a token being decoded."""
+        return self.context_tokens or self.input_tokens + self.generated_tokens / 2
+
+    @property
+    def pairs(self) -> float:
+        """Mean of what attention computes for a prompt."""
+        return self.prompt_pairs or self.input_tokens**2 - self.cached_tokens**2
+
+    @property
+    def prompt_variability(self) -> float:
+        """Squared coefficient of variation of the computed prompt tokens, as far as it shows in `prompt_pairs`."""
+        alike = self.input_tokens**2 - self.cached_tokens**2
+        return max(0.0, self.pairs / alike - 1) if alike > 0 else 0.0
+
     @classmethod
     def of(cls, demand: LLMDemand) -> CallShape:
         """The shape of an LLM's traced calls."""
@@ -53,6 +87,9 @@ class CallShape:
             output_tokens=demand.output_tokens,
             overlap=demand.overlap,
             longest_tokens=demand.longest_tokens,
+            context_tokens=demand.context_tokens,
+            prompt_pairs=demand.prompt_pairs,
+            output_cv=demand.output_cv,
         )
 
 
@@ -85,9 +122,9 @@ class LoadedSpeeds:
 def saturation_rps(profile: LLMProfile, tensor_parallel_size: int, fraction: float, shape: CallShape) -> float:
     """Calls per second at which a replica is full: every step decodes the largest batch that its memory allows.
 
-    lambda* = 1 / (M + L d(B) / B) with the prompt's work M, L tokens and the step time d at the largest batch B. A
-    fraction of a device never carries more than that fraction of what the whole device carries: isolated slowdowns
-    alone would let ten tenths exceed one whole. Returns 0 where the LLM does not fit.
+    Each step then also computes the prompts that take the places of the calls that end with it, as far as its budget of
+    tokens allows. A fraction of a device never carries more than that fraction of what the whole device carries:
+    isolated slowdowns alone would let ten tenths exceed one whole. Returns 0 where the LLM does not fit.
     """
     alone = _saturation_rps(profile, tensor_parallel_size, fraction, shape)
     if fraction == 1 or alone == 0:
@@ -96,24 +133,31 @@ def saturation_rps(profile: LLMProfile, tensor_parallel_size: int, fraction: flo
 
 
 def _saturation_rps(profile: LLMProfile, tensor_parallel_size: int, fraction: float, shape: CallShape) -> float:
-    batch = max_batch(profile, tensor_parallel_size, fraction, shape)
-    if batch < 1:
+    limit = max_batch(profile, tensor_parallel_size, fraction, shape)
+    if limit < 1:
         return 0.0
-    clock = StepClock(profile, tensor_parallel_size, fraction)
-    step_s = clock.decode_s(batch, _context(shape)) + clock.host_s
-    work_s = clock.prefill_s(shape.computed_tokens) - clock.overlap_s
-    return 1 / (max(0.0, work_s) + shape.generated_tokens * step_s / batch)
+    replica = _Steps(profile, tensor_parallel_size, fraction, shape)
+    tokens = shape.generated_tokens
+    # Of the places in the batch each call holds one for as many steps as it has tokens, the first of them its prompt's.
+    prompts = min(limit / tokens, profile.max_num_batched_tokens / shape.computed_tokens)
+    decoding = prompts * (tokens - 1)
+    step_s = replica.decode_s(np.array([decoding])) + replica.prompts_s(
+        np.array([prompts]), np.ones(1), is_decoding=decoding > 0
+    )
+    return float(prompts / step_s[0])
 
 
 def max_batch(profile: LLMProfile, tensor_parallel_size: int, fraction: float, shape: CallShape) -> float:
-    """Calls that run at once at most, by `max_num_seqs` and by the KV cache at their mean full length.
+    """Calls that run at once at most, by `max_num_seqs` and by the KV cache at their mean context.
 
     0 where the cache does not hold the longest call.
     """
     kv_tokens = profile.kv_tokens(tensor_parallel_size, fraction)
     if kv_tokens < max(1, shape.longest_tokens):
         return 0.0
-    return min(float(profile.max_num_seqs), kv_tokens / max(1.0, shape.input_tokens + shape.generated_tokens))
+    # What is free is not enough for the next prompt, on average half of one as long as those that wait tend to be.
+    waste = shape.pairs / max(1.0, shape.input_tokens) / 2
+    return min(float(profile.max_num_seqs), max(1.0, (kv_tokens - waste) / max(1.0, shape.context)))
 
 
 def loaded_speeds(
@@ -124,61 +168,203 @@ def loaded_speeds(
     rates_rps: Array,
     overlaps: Array,
 ) -> LoadedSpeeds:
-    """Speeds of one replica at each of `rates_rps`, when `overlaps` calls of one execution land on it together."""
+    """Speeds of one replica at each of `rates_rps`, when `overlaps` calls of one execution land on it together.
+
+    A fraction is taken to share its device with others as busy as itself.
+    """
     rates = np.asarray(rates_rps, dtype=float)
-    clock = StepClock(profile, tensor_parallel_size, fraction)
-    limit = max_batch(profile, tensor_parallel_size, fraction, shape)
     saturation = saturation_rps(profile, tensor_parallel_size, fraction, shape)
-    never = np.full(rates.shape, np.inf)
     if saturation == 0:
+        never = np.full(rates.shape, np.inf)
         return LoadedSpeeds(fixed_s=never, input_s=never, output_s=never, utilisation=never)
     utilisation = rates / saturation
+    # Beyond saturation there is nothing to solve for.
+    order = np.argsort(rates)
+    asked = order[rates[order] < saturation]
+    if len(asked) > _MAX_RATES:
+        asked = asked[np.unique(np.linspace(0, len(asked) - 1, _MAX_RATES).round().astype(int))]
+    columns = np.full((3, len(rates)), np.inf)
+    if len(asked):
+        limit = max_batch(profile, tensor_parallel_size, fraction, shape)
+        replica = _Steps(profile, tensor_parallel_size, fraction, shape)
+        own = np.clip(np.asarray(overlaps, dtype=float)[asked], 1.0, limit)
+        found = _solve(replica, rates[asked], utilisation[asked], own, limit)
+        below = rates < saturation
+        columns[:, below] = [np.interp(rates[below], rates[asked], column) for column in found]
+    return LoadedSpeeds(fixed_s=columns[0], input_s=columns[1], output_s=columns[2], utilisation=utilisation)
+
+
+class _Steps:
+    """Mean step times of a replica for calls of one shape, as functions of arrays."""
+
+    def __init__(self, profile: LLMProfile, tensor_parallel_size: int, fraction: float, shape: CallShape) -> None:
+        self.profile = profile
+        self.fraction = fraction
+        self.shape = shape
+        self.clock = StepClock(profile, tensor_parallel_size, fraction)
+        self._grid = np.unique(np.concatenate([np.linspace(1, 64, 64), np.linspace(64, profile.max_num_seqs, 48)]))
+        self._times = np.array([self.clock.decode_s(float(batch), shape.context) for batch in self._grid])
+        # What attention computes for the mean prompt, beyond what the table has for one of as many computed tokens.
+        self.attention_s = self.clock.attention_s * shape.pairs
+
+    def decode_s(self, batch: Array) -> Array:
+        """Time of a step that decodes that many calls, the host's part included; the host's part alone for none."""
+        times: Array = np.interp(batch, self._grid, self._times)
+        return self.profile.host_s + np.where(batch > 0, times, 0.0)
+
+    def together_s(self, prompts: Array) -> Array:
+        """Time of prefilling that many mean prompts in one step, without the host's part."""
+        tokens = prompts * self.shape.computed_tokens
+        flat: Array = self.clock.prefill_times_s(tokens) - self.clock.attention_s * tokens**2
+        return flat + prompts * self.attention_s
+
+    def prompts_s(self, prompts: Array, burst: Array, *, is_decoding: bool) -> Array:
+        """What prefilling adds to a mean step, where that many prompts arrive per step, in bursts of that size.
+
+        Bursts are Poisson: a part 1 - exp(-bursts) of the steps has any, and those share them all.
+        """
+        part = -np.expm1(-np.maximum(prompts, 1e-12) / burst)
+        saved = self.clock.overlap_s if is_decoding else 0.0
+        return np.maximum(0.0, part * (self.together_s(prompts / part) - saved))
+
+
+def _solve(replica: _Steps, rates: Array, utilisation: Array, own: Array, limit: float) -> tuple[Array, Array, Array]:
+    """Columns of `LoadedSpeeds` for rates below saturation, with `own` calls of one execution together."""
+    profile, clock, shape = replica.profile, replica.clock, replica.shape
     prompt, tokens = shape.computed_tokens, shape.generated_tokens
-    alone_s = clock.prefill_s(prompt)
-    work_s = max(0.0, alone_s - clock.overlap_s)
-    busy = np.minimum(rates * work_s, 0.999)
-    step_s = _step_table(clock, profile, shape)
-    batch = _batch(np.maximum(overlaps, 1.0), rates * (tokens - 1) / (1 - busy), step_s, limit)
-    decode_s = step_s(batch) / (1 - busy)
-    # Poisson arrivals find the engine idle when none of the calls in flight from other executions is there.
-    occupied = -np.expm1(-rates * ((tokens - 1) * decode_s + work_s))
-    together = prompt * np.minimum(np.maximum(overlaps, 1.0), limit)
-    span = np.maximum(1.0, together / 4)
-    low = np.maximum(1.0, together - span)
-    slope = (clock.prefill_times_s(together + span) - clock.prefill_times_s(low)) / (together + span - low)
-    input_s = slope * (together / prompt)
-    prefill_s = clock.prefill_times_s(together)
-    behind_s = occupied * np.maximum(0.0, 1.5 * step_s(batch) - clock.overlap_s)
-    first_s = profile.request_s + clock.host_s + prefill_s + behind_s + work_s * busy / (2 * (1 - busy))
-    fixed_s = first_s - input_s * prompt - decode_s
-    full = utilisation >= 1
-    return LoadedSpeeds(
-        fixed_s=np.where(full, np.inf, fixed_s),
-        input_s=np.where(full, np.inf, input_s),
-        output_s=np.where(full, np.inf, decode_s),
-        utilisation=utilisation,
+    burst = 2 * own - 1
+    is_decoding = tokens > 1
+    contention = np.ones(rates.shape)
+    bend_s = np.zeros(rates.shape)
+    # First as if the batch never varied and the device had no neighbours, then with what was found.
+    for _ in range(_PASSES):
+
+        def decode_s(batch: Array, contention: Array = contention) -> Array:
+            return profile.host_s + (replica.decode_s(np.minimum(batch, limit)) - profile.host_s) * contention
+
+        def mean_step_s(step_s: Array) -> Array:
+            prompts_s = replica.prompts_s(rates * step_s, burst, is_decoding=is_decoding)
+            return decode_s(rates * (tokens - 1) * step_s) + prompts_s + bend_s  # noqa: B023 - called in this pass only
+
+        step_s = _fixed_point(mean_step_s, rates.shape)
+        prompts = rates * step_s
+        decoding = prompts * (tokens - 1)
+        some = np.maximum(_NONE, decoding)
+        part = -np.expm1(-prompts / burst)
+        present = prompts / np.maximum(part, 1e-12)
+        span = np.maximum(1.0, prompt / 4) / prompt
+        prompt_s = (replica.together_s(present + span) - replica.together_s(present)) / span
+        call_s = np.maximum(0.0, decode_s(decoding + own + 1) - decode_s(decoding + own))
+        # A step table that is steeper here than on its way to saturation would have the queue unstable below it.
+        steep = np.maximum(1.0, rates * (prompt_s + (tokens - 1) * call_s) / utilisation)
+        call_s, prompt_s = call_s / steep, prompt_s / steep
+        moments = _moments(rates, prompts, decoding, burst + shape.prompt_variability, call_s, prompt_s, tokens)
+        seen = (decoding + np.maximum(own, moments.decoding / some)) * is_decoding
+        output_s = (
+            decode_s(seen)
+            + bend_s
+            + replica.prompts_s(prompts, burst, is_decoding=is_decoding)
+            + prompt_s * moments.both / some
+        )
+        # Step times bend upwards, so their mean is above that of the mean batch (three points of Gauss and Hermite).
+        spread = np.sqrt(3 * moments.decoding)
+        sides = decode_s(decoding + spread) + decode_s(np.maximum(np.minimum(decoding, _NONE), decoding - spread))
+        bend_s = np.maximum(0.0, sides / 6 - decode_s(decoding) / 3)
+        # Poisson arrivals find the engine idle when none of the calls in flight from other executions is there.
+        occupied = -np.expm1(-rates * tokens * output_s / own)
+        if replica.fraction < 1:
+            share = np.array([clock.bandwidth_share(float(batch), shape.context) for batch in seen])
+            contention = np.maximum(1.0, share * (1 + occupied * (1 / replica.fraction - 1)))
+    # The step in progress, as an arrival finds it: by its length.
+    variance = call_s**2 * moments.decoding + prompt_s**2 * moments.prompts + 2 * call_s * prompt_s * moments.both
+    found_s = occupied * (step_s + variance / step_s)
+    # The step that computes the prompt: also its siblings', and those that came in the same step.
+    together = burst + rates * found_s
+    decoding_s = occupied * np.maximum(0.0, decode_s(seen) - profile.host_s - clock.overlap_s)
+    own_s = profile.host_s + replica.together_s(together) + decoding_s
+    queue_s = _budget_wait_s(replica, rates, step_s) + _place_wait_s(replica, rates, own, limit, contention)
+    first_s = profile.request_s + found_s / 2 + own_s + queue_s
+    slope_s = (replica.together_s(together + span) - replica.together_s(together)) / (span * prompt)
+    return first_s - slope_s * prompt - output_s, slope_s, output_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Moments:
+    """Variances of the calls that a step decodes and of the prompts that it computes, and their covariance."""
+
+    decoding: Array
+    prompts: Array
+    both: Array
+
+
+def _moments(
+    rates: Array, prompts: Array, decoding: Array, burst: Array, call_s: Array, prompt_s: Array, tokens: float
+) -> _Moments:
+    """Second moments over steps, in the linear approximation.
+
+    From step to step, n' = (1 - 1/(tokens - 1)) n + k + e and k' = rate (call_s n + prompt_s k) + e', with e the
+    randomness of calls that end and e' that of Poisson bursts. Without prompt work this gives the variance of the
+    processor-sharing queue.
+    """
+    ends = 1 / max(1.0, tokens - 1)
+    stay = 1 - ends
+    by_call = rates * call_s
+    by_prompt = np.minimum(rates * prompt_s, _FULLEST)
+    rows = np.zeros((len(rates), 3, 3))
+    # Unknowns: var n, cov(n, k), var k.
+    rows[:, 0] = np.column_stack(
+        [np.full(len(rates), 1 - stay**2), np.full(len(rates), -2 * stay), -np.ones(len(rates))]
     )
+    rows[:, 1] = np.column_stack([-stay * by_call, 1 - stay * by_prompt - by_call, -by_prompt])
+    rows[:, 2] = np.column_stack([-(by_call**2), -2 * by_call * by_prompt, 1 - by_prompt**2])
+    noise = np.column_stack([decoding * ends * stay, np.zeros(len(rates)), burst * prompts])
+    solved = np.maximum(0.0, np.linalg.solve(rows, noise[:, :, None])[:, :, 0])
+    return _Moments(decoding=solved[:, 0], both=solved[:, 1], prompts=solved[:, 2])
 
 
-def _context(shape: CallShape) -> float:
-    """Mean context of a decoding call: the prompt and half of the output."""
-    return shape.input_tokens + shape.generated_tokens / 2
-
-
-def _step_table(clock: StepClock, profile: LLMProfile, shape: CallShape) -> Callable[[Array], Array]:
-    """Decode step time as a function of the batch, tabulated for the calls' mean context."""
-    grid = np.unique(np.concatenate([np.linspace(1, 64, 64), np.linspace(64, profile.max_num_seqs, 48)]))
-    context = _context(shape)
-    values = np.array([clock.decode_s(float(batch), context) for batch in grid]) + clock.host_s
-    return lambda batch: np.interp(batch, grid, values)
-
-
-def _batch(own: Array, others_per_step_s: Array, step_s: Callable[[Array], Array], limit: float) -> Array:
-    """Solve B = own + others_per_step_s * step_s(B) for the smallest B, at most `limit`, by bisection."""
-    low = np.minimum(own, limit)
-    high = np.full(low.shape, max(limit, 1.0))
-    for _ in range(40):
+def _fixed_point(function: Callable[[Array], Array], shape: tuple[int, ...]) -> Array:
+    """The smallest x with x = function(x), by bisection."""
+    low = np.full(shape, 1e-9)
+    high = function(low)
+    for _ in range(60):
+        short = high < function(high)
+        if not short.any():
+            break
+        high = np.where(short, high * 1.5, high)
+    for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        short = middle < own + others_per_step_s * step_s(middle)
+        short = middle < function(middle)
         low, high = np.where(short, middle, low), np.where(short, high, middle)
     return high
+
+
+def _budget_wait_s(replica: _Steps, rates: Array, step_s: Array) -> Array:
+    """Mean wait for the steps' budget of prompt tokens, as a queue of as many servers as prompts fit into a step.
+
+    Source: Sakasegawa's approximation for M/D/c.
+    """
+    prompts = max(1.0, replica.profile.max_num_batched_tokens / replica.shape.computed_tokens)
+    load = np.minimum(rates * step_s / prompts, _FULLEST)
+    return step_s / 2 * load ** (np.sqrt(2 * (prompts + 1)) - 1) / (prompts * (1 - load))
+
+
+def _place_wait_s(replica: _Steps, rates: Array, own: Array, limit: float, contention: Array) -> Array:
+    """Mean wait for a place in a limited batch."""
+    places = np.arange(1, int(np.ceil(limit)) + 1, dtype=float)
+    tokens = replica.shape.generated_tokens
+    decode_s = replica.profile.host_s + np.outer(contention, replica.decode_s(places) - replica.profile.host_s)
+    # Calls end at the rate n / (tokens * step), the prompts that keep the steps busy counted at the offered rate.
+    prompts = rates[:, None] * decode_s
+    for _ in range(4):
+        step_s = decode_s + replica.prompts_s(prompts, own[:, None], is_decoding=tokens > 1)
+        prompts = np.minimum(rates[:, None] * step_s, places / tokens)
+    ends = places / (tokens * step_s)
+    # Bursts widen the distribution: as if `own` calls came and went as one.
+    logs = np.cumsum(np.log(rates[:, None] / ends), axis=1) / own[:, None]
+    logs = np.concatenate([np.zeros((len(rates), 1)), logs], axis=1)
+    weights = np.exp(logs - logs.max(axis=1, keepdims=True))
+    load = np.minimum(rates / ends[:, -1], _FULLEST) ** (1 / own)
+    beyond = weights[:, -1] * load / (1 - load)
+    queue = beyond / (1 - load) / (weights.sum(axis=1) + beyond)
+    variability = (1 + replica.shape.output_cv**2) / 2
+    return variability * queue / rates
