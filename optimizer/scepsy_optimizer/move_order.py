@@ -36,6 +36,7 @@ class _State:
     stops: set[int]
     starts: set[int]
     used: dict[Device, Fraction]
+    stops_on: dict[Device, list[int]]
     served: Counter[str]
 
 
@@ -46,7 +47,10 @@ def order_steps(stops: Sequence[Occupation], starts: Sequence[Occupation], stayi
     dozens of moves, none was found in the time that is allowed, some stops come early and say that they interrupt.
     """
     wanted = {one.llm for one in (*starts, *staying)}
-    state = _State(set(range(len(stops))), set(range(len(starts))), {}, Counter())
+    state = _State(set(range(len(stops))), set(range(len(starts))), {}, {}, Counter())
+    for index, one in enumerate(stops):
+        for device in one.devices:
+            state.stops_on.setdefault(device, []).append(index)
     for one in (*stops, *staying):
         state.served[one.llm] += 1
         for device in one.devices:
@@ -92,7 +96,7 @@ def _interrupted(
         steps = _steps(state, stops, starts, wanted)
         if not steps:
             start = min(sorted(state.starts), key=lambda index: _hurt(index, state, stops, starts))
-            blocker = _in_the_way(starts[start], state, stops)[0]
+            blocker = _in_the_way(starts[start], state)[0]
             last = state.served[stops[blocker].llm] == 1
             steps = [Step(start=False, index=blocker, interrupts=last)]
         _do(state, steps[0], stops, starts)
@@ -108,14 +112,16 @@ def _steps(state: _State, stops: Sequence[Occupation], starts: Sequence[Occupati
     given_up = [index for index in sorted(state.stops) if stops[index].llm not in wanted]
     if given_up:
         return [Step(start=False, index=given_up[0])]
-    ready = [index for index in sorted(state.starts) if not _in_the_way(starts[index], state, stops)]
-    found = [Step(start=True, index=index) for index in sorted(ready, key=lambda i: state.served[starts[i].llm])]
+    ready = []
     urgency: dict[int, tuple[int, bool]] = {}
     for index in sorted(state.starts):
-        blockers = _in_the_way(starts[index], state, stops)
+        blockers = _in_the_way(starts[index], state)
+        if not blockers:
+            ready.append(index)
         for blocker in blockers:
             rank = (len(blockers), stops[blocker].llm != starts[index].llm)
             urgency[blocker] = min(urgency.get(blocker, rank), rank)
+    found = [Step(start=True, index=index) for index in sorted(ready, key=lambda i: state.served[starts[i].llm])]
     last = (len(stops) + 1, True)
     may = [index for index in state.stops if state.served[stops[index].llm] > 1]
     found += [
@@ -124,17 +130,18 @@ def _steps(state: _State, stops: Sequence[Occupation], starts: Sequence[Occupati
     return found
 
 
-def _in_the_way(start: Occupation, state: _State, stops: Sequence[Occupation]) -> list[int]:
+def _in_the_way(start: Occupation, state: _State) -> list[int]:
     """The replicas still running on devices that have too little room for a start; empty where it can happen."""
-    full = {device for device in start.devices if state.used.get(device, Fraction(0)) + start.part > 1}
-    return [index for index in sorted(state.stops) if full & stops[index].devices] if full else []
+    full = [device for device in start.devices if state.used.get(device, 0) + start.part > 1]
+    on = {index for device in full for index in state.stops_on.get(device, ())}
+    return sorted(on & state.stops)
 
 
 def _hurt(
     index: int, state: _State, stops: Sequence[Occupation], starts: Sequence[Occupation]
 ) -> tuple[int, int, bool]:
     """How many LLMs, and replicas, a start would interrupt or end now, and whether one of another LLM is among them."""
-    blockers = _in_the_way(starts[index], state, stops)
+    blockers = _in_the_way(starts[index], state)
     ended = Counter(stops[blocker].llm for blocker in blockers)
     lost = sum(count >= state.served[llm] for llm, count in ended.items())
     return lost, len(blockers), any(llm != starts[index].llm for llm in ended)
