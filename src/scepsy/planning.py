@@ -17,8 +17,8 @@ from scepsy_optimizer.cluster import Cluster
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.frontier import FrontierPoint, find_frontier
 from scepsy_optimizer.plan import Plan
+from scepsy_optimizer.planner import keep_in_place, with_replay
 from scepsy_optimizer.planner import optimize as optimize_workload
-from scepsy_optimizer.planner import with_replay
 from scepsy_optimizer.profile import Profiles
 from scepsy_optimizer.questions import optimize_devices, optimize_rate
 from scepsy_optimizer.requirements import NO_REQUIREMENTS, Requirements, require_known
@@ -216,8 +216,12 @@ def answer(
     percentile: int | None = None,
     robust: float | None = None,
     what_if: bool = False,
+    old: Plan | None = None,
 ) -> Answer:
-    """The plan that a question asks for, and what is to be said about it. Raises ScepsyError."""
+    """The plan that a question asks for, and what is to be said about it.
+
+    What an `old` plan has already stays on its devices, as far as the allocation leaves it. Raises ScepsyError.
+    """
     ask = _asking(question, max_latency_s, percentile)
     robustness = None
     if robust is None:
@@ -230,6 +234,8 @@ def answer(
         )
         plan = with_replay(plan, question.profiles, question.workload, _SEED)
         plan = replace(plan, provenance={**plan.provenance, "robust": f"loads at the {robust:g} quantile"})
+    if old is not None:
+        plan = keep_in_place(plan, old)
     common = {"max_utilisation": question.max_utilisation}
     return Answer(
         plan=plan,

@@ -1,10 +1,11 @@
 """`scepsy optimize` beyond a plan for a rate: what it prints, writes and refuses."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from scepsy.files import load_plan
+from scepsy.files import load_plan, save_plan
 from scepsy_optimizer.requirements import kept
 
 
@@ -85,6 +86,44 @@ def test_llms_are_kept_as_they_are_in_a_plan(optimize, tmp_path):
     assert kept(load_plan(target), "writer") == kept(load_plan(old), "writer")
 
 
+def test_what_runs_stays_in_place(optimize, tmp_path):
+    target, (code, _, _) = optimize("--rate", "1")
+    assert code == 0
+    first = load_plan(target)
+    old = tmp_path / "old.yaml"
+    moved = {(0,): (2,), (1,): (3,), (2,): (0,), (3,): (1,), (0, 1): (2, 3), (2, 3): (0, 1)}
+    elsewhere = tuple(
+        replace(part, slots=tuple(replace(slot, devices=moved.get(slot.devices, slot.devices)) for slot in part.slots))
+        for part in first.llms
+    )
+    save_plan(replace(first, llms=elsewhere), old)
+    target, (code, _, _) = optimize("--rate", "1", "--plan", old)
+    assert code == 0
+    assert load_plan(target).llms == elsewhere
+
+
+def test_weights_and_limits_of_workflows(optimize):
+    """A limit on one workflow's mean latency, and weights that prefer it, both cost the other one."""
+
+    def latencies(*words):
+        target, (code, _, err) = optimize("--rate", "essay=8", "--rate", "poem=4", *words)
+        assert (code, err) == (0, "")
+        prediction = load_plan(target).prediction
+        assert prediction is not None
+        return prediction.workflow_latency_s
+
+    plain, poems = latencies(), latencies("--weight", "poem=100")
+    assert poems["poem"] <= plain["poem"]
+    assert poems["essay"] >= plain["essay"]
+    limit_s = plain["poem"] * 1.0001
+    assert latencies("--weight", "essay=100", "--limit", f"poem={limit_s}")["poem"] <= limit_s
+    _, (code, _, err) = optimize("--rate", "essay=8", "--rate", "poem=4", "--limit", "poem=0.5")
+    assert code == 2
+    assert (
+        "a mean latency of 0.5 s of workflow 'poem' is out of reach at 12 executions/s on 4 H100: the least is" in err
+    )
+
+
 def test_requirements_come_from_a_file(optimize, tmp_path):
     path = tmp_path / "requirements.yaml"
     path.write_text("format: scepsy-requirements/1\nllms: {generator: {min_replicas: 2}}\n")
@@ -98,7 +137,7 @@ def test_requirements_come_from_a_file(optimize, tmp_path):
     [
         (["--frontier", "--rate", "1"], "leave out --rate"),
         (["--rate", "1", "--keep", "writer"], "name the plan that it is in with --plan"),
-        (["--rate", "1", "--plan", "old.yaml"], "say what to keep of it with --keep"),
+        (["--rate", "1", "--plan", "old.yaml"], "old.yaml: no such file; expected a plan file"),
         (["--rate", "1", "--plan", "old.yaml", "--keep", "writer"], "old.yaml: no such file"),
         (["--rate", "1", "--weight", "essay"], "--weight 'essay': write WORKFLOW=NUMBER"),
         (["--rate", "1", "--weight", "essay=0"], "weight of 0 must be a positive number"),

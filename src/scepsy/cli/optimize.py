@@ -17,6 +17,7 @@ from scepsy.report.progress import LateProgress
 from scepsy.report.tables import plan_table
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.frontier import FrontierPoint
+from scepsy_optimizer.plan import Plan
 from scepsy_optimizer.questions import PERCENTILES
 from scepsy_optimizer.requirements import Requirements, kept
 
@@ -66,8 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     respected.add_argument(
         "--requirements", metavar="FILE", help="limits and fixed parts of LLMs, weights and limits of workflows"
     )
-    respected.add_argument("--plan", metavar="OLD", help="the plan that --keep means")
-    respected.add_argument("--keep", action="append", default=[], metavar="LLM", help="as it is in the old plan")
+    respected.add_argument("--plan", metavar="OLD", help="the plan that runs: replicas stay in place where they can")
+    respected.add_argument(
+        "--keep", action="append", default=[], metavar="LLM", help="give it exactly what it has in the old plan"
+    )
+    respected.add_argument("--spread", action="store_true", help="replicas of an LLM on different nodes")
     respected.add_argument(
         "--weight",
         action="append",
@@ -86,11 +90,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Plan, write, show."""
+    old = load_plan(args.plan) if args.plan else None
     question = prepare(
         args.traces,
         cluster=args.cluster,
         rate=parse_rates(args.rate) if args.rate else None,
-        requirements=_requirements(args),
+        requirements=_requirements(args, old),
         profiles=args.profiles,
         models=parse_models(args.model),
     )
@@ -102,6 +107,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         percentile=args.percentile,
         robust=args.robust,
         what_if=args.what_if,
+        old=old,
     )
     save_plan(found.plan, args.output)
     if args.json:
@@ -137,20 +143,17 @@ def _show_frontier(args: argparse.Namespace, question: Question, console: Consol
     return 0
 
 
-def _requirements(args: argparse.Namespace) -> Requirements:
+def _requirements(args: argparse.Namespace, old: Plan | None) -> Requirements:
     """The file's requirements, with those of the command line on top."""
     found = load_requirements(args.requirements) if args.requirements else Requirements()
     llms, workflows = dict(found.llms), dict(found.workflows)
     if args.keep:
-        if args.plan is None:
+        if old is None:
             raise ScepsyError(f"--keep {args.keep[0]}: name the plan that it is in with --plan")
-        old = load_plan(args.plan)
         llms |= {llm: kept(old, llm) for llm in args.keep}
-    elif args.plan is not None:
-        raise ScepsyError(f"--plan {args.plan}: say what to keep of it with --keep LLM")
     for workflow, weight in parse_numbers("--weight", args.weight).items():
         workflows[workflow] = replace(found.of_workflow(workflow), weight=weight)
     for workflow, limit_s in parse_numbers("--limit", args.limit).items():
         before = workflows.get(workflow, found.of_workflow(workflow))
         workflows[workflow] = replace(before, latency_limit_s=limit_s)
-    return Requirements(llms=llms, workflows=workflows)
+    return Requirements(llms=llms, workflows=workflows, spread=found.spread or args.spread)
