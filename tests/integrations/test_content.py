@@ -225,9 +225,8 @@ def test_a_redaction_may_drop_a_text(server, written):
 
 @pytest.mark.parametrize(("value", "recorded"), [("true", 2), ("SPAN_ONLY", 2), ("EVENT_ONLY", 0), ("false", 0)])
 def test_opentelemetrys_own_switch_is_respected(server, written, monkeypatch, value, recorded):
-    scepsy.uninstrument()
     monkeypatch.setenv("OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT", value)
-    scepsy.uninstrument()
+    scepsy.uninstrument()  # what was chosen in code is forgotten, the environment read again
     scepsy.instrument(directory=written.directory)
     openai_sync(server, "m", stream=False)
     assert len(said(written())) == recorded

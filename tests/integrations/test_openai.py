@@ -338,6 +338,67 @@ def test_a_stream_without_usage_tells_how_many_pieces_it_had(recorded, server, c
     assert call.attributes[semconv.OUTPUT_CHUNKS] == 5
 
 
+COUNTED = {
+    "chat": lambda c, **more: c.chat.completions.create(model="m", messages=MESSAGES, stream=True, **more),
+    "completions": lambda c, **more: c.completions.create(model="m", prompt="p", stream=True, **more),
+}
+
+
+@pytest.mark.parametrize("ask", COUNTED.values(), ids=COUNTED)
+@pytest.mark.parametrize(("model", "more"), [("m", {}), ("metrics", {"stream_options": {}})])
+def test_the_usage_of_a_stream_can_be_asked_for(recorded, server, client, ask, model, more):
+    without = [piece.to_dict() for piece in ask(client, **more)]
+    scepsy.instrument(include_usage=True)
+    recorded.clear()
+    server.seen.clear()
+    assert [piece.to_dict() for piece in ask(client, **more)] == without  # the program sees what it did before
+    assert tokens(one_call(recorded, server)) == FULL
+
+
+async def test_the_usage_of_an_async_stream_can_be_asked_for(recorded, server, aclient):
+    scepsy.instrument(include_usage=True)
+    pieces = [
+        piece async for piece in await aclient.chat.completions.create(model="metrics", messages=MESSAGES, stream=True)
+    ]
+    assert all(piece.choices for piece in pieces)
+    call = one_call(recorded, server)
+    assert tokens(call) == FULL
+    assert call.attributes[semconv.QUEUE_S] == 0.03
+
+
+@pytest.mark.parametrize("ask", COUNTED.values(), ids=COUNTED)
+def test_who_asks_for_usage_gets_it(recorded, server, client, ask):
+    scepsy.instrument(include_usage=True)
+    *_, last = ask(client, stream_options={"include_usage": True})
+    assert last.usage.prompt_tokens == 9
+    assert tokens(one_call(recorded, server)) == FULL
+
+
+def test_who_declines_usage_gets_none(recorded, server, client):
+    scepsy.instrument(include_usage=True)
+    list(COUNTED["chat"](client, stream_options={"include_usage": False}))
+    list(COUNTED["chat"](client, extra_body={"stream_options": {"include_usage": False}}))
+    assert [tokens(call) for call in recorded.calls] == [(None,) * 4] * 2
+
+
+def test_usage_is_not_asked_for_where_the_program_reads_the_response_itself(recorded, server, client):
+    scepsy.instrument(include_usage=True)
+    with client.chat.completions.with_streaming_response.create(model="m", messages=MESSAGES, stream=True) as answer:
+        assert "usage" not in "".join(answer.iter_lines())
+    raw = client.chat.completions.with_raw_response.create(model="m", messages=MESSAGES, stream=True)
+    assert all(piece.choices for piece in raw.parse())
+    assert [tokens(call) for call in recorded.calls] == [(None,) * 4] * 2
+
+
+def test_usage_can_be_asked_for_by_the_environment(recorded, server, client, monkeypatch):
+    monkeypatch.setenv("SCEPSY_INCLUDE_USAGE", "1")
+    scepsy.uninstrument()  # what was chosen in code is forgotten, the environment read again
+    scepsy.instrument(provider=recorded.provider)
+    list(COUNTED["chat"](client))
+    monkeypatch.undo()
+    assert tokens(one_call(recorded, server)) == FULL
+
+
 def test_parents_and_roles(recorded, server, client):
     def ask():
         client.chat.completions.create(model="m", messages=MESSAGES)
