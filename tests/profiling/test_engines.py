@@ -15,7 +15,7 @@ from scepsy.profiling import (
     shipped_profiles,
     traced_lengths,
 )
-from scepsy.profiling.arrivals import ArrivalPlan, left_out_errors, three_shapes
+from scepsy.profiling.arrivals import LoadPlan, left_out_errors, three_shapes
 from scepsy.profiling.calibrating import Correction, ServingPoint, corrected
 from scepsy.profiling.engines import fit_slowdown, joined
 from scepsy.profiling.probing import DecodePoint, PrefillPoint
@@ -25,13 +25,13 @@ from scepsy_optimizer.executions import Call, Execution, Span
 from scepsy_optimizer.profile import FractionSlowdown, StepClock
 
 GENERATOR = shipped_profiles("H100")["generator"]
-LIMITS = Limits(max_num_seqs=4, max_model_len=700)
-LENGTHS = tuple(Lengths(input_tokens=i, output_tokens=o) for i, o in ((60, 12), (120, 20), (90, 8)))
+LIMITS = Limits(max_num_seqs=2, max_model_len=300)
+LENGTHS = tuple(Lengths(input_tokens=i, output_tokens=o) for i, o in ((30, 4), (60, 6), (45, 5)))
 
 
 @pytest.fixture(scope="module")
 def truth():
-    return replace(GENERATOR, max_num_seqs=4, max_model_len=700)
+    return replace(GENERATOR, max_num_seqs=2, max_model_len=300)
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +47,11 @@ def profiled(truth, tmp_path_factory):
             tensor_parallel_sizes=(1, 2),
             fractions=(1.0, 0.5),
             lengths=LENGTHS,
-            requests_per_load=6,
+            requests_per_load=3,
             limits=LIMITS,
             choice=EngineChoice(engine="emulator", profiles={"generator": truth}),
             folder=folder,
-            on_event=events.append,
+            on_progress=events.append,
         )
         left = list_deployments()
     return profile, folder, events, left
@@ -66,9 +66,12 @@ def test_profiles_every_size_and_fraction(profiled):
         "tensor_parallel_size_2.jsonl",
     ]
     assert profile.provenance.enforcement == "emulated"
+    assert profile.provenance.hardware == "emulated"
     assert profile.provenance.note.count("calibrated by 9 measured points") == 2
     assert profile.provenance.note.count("left out") == 2
-    assert any("requests/s of" in event for event in events)
+    assert any("requests/s" in event.text for event in events)
+    assert events[-1].done == events[-1].points
+    assert events[-1].left_s == 0
     assert left == ()
 
 
@@ -76,7 +79,7 @@ def test_finds_the_truth_of_each(profiled, truth):
     profile = profiled[0]
     for size in (1, 2):
         found, expected = StepClock(profile, size, 1.0), StepClock(truth, size, 1.0)
-        for step in ((1, 88, 0), (4, 88, 0), (0, 0.0, 512)):
+        for step in ((1, 88, 0), (2, 88, 0), (0, 0.0, 200)):
             # A machine that does other things makes them longer, and calibration then follows what it saw.
             assert 0.75 * expected.step_s(*step) < found.step_s(*step) < 1.6 * expected.step_s(*step) + 0.003
     assert 0 <= profile.slowdown.decode_beta < 1
@@ -145,7 +148,7 @@ def test_three_shapes_stay_within_the_model():
         Lengths(input_tokens=50, output_tokens=40, cached_tokens=30),
         Lengths(input_tokens=450, output_tokens=120),
     )
-    assert ArrivalPlan(shapes=(same, prompts, answers)).points == 9
+    assert len(LoadPlan(shapes=(same, prompts, answers)).guesses_s("one")) == 10
 
 
 def test_lengths_of_traced_calls():

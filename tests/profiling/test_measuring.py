@@ -60,7 +60,13 @@ def measured(endpoint, tmp_path_factory):
     journal = tmp_path_factory.mktemp("journal") / "points.jsonl"
     told = []
     profile = measure(
-        endpoint, "generator", device_type="H100", flags=FLAGS, journal=journal, on_point=told.append, date="2026-01-01"
+        endpoint,
+        "generator",
+        device_type="H100",
+        flags=FLAGS,
+        journal=journal,
+        on_progress=told.append,
+        date="2026-01-01",
     )
     return profile, journal, told
 
@@ -81,7 +87,11 @@ def test_says_where_it_comes_from(measured, truth):
     assert profile.model == truth.model
     assert profile.max_model_len == 1200
     assert profile.at(1).weights_gib == pytest.approx(truth.at(1).weights_gib, abs=0.01)
-    assert len(told) == 13
+    assert [one.done for one in told] == list(range(1, 14))
+    assert {one.points for one in told} == {13}
+    assert all(one.left_s > 0 for one in told[:-1])
+    assert told[-1].left_s == 0
+    assert profile.provenance.flags == "--max-num-seqs 8 --max-num-batched-tokens 8192 --max-model-len 1200"
 
 
 def test_points_in_the_journal_are_not_measured_again(measured, endpoint):
@@ -134,7 +144,7 @@ def test_a_step_that_was_not_measured_is_filled_by_what_contexts_add():
 
 def test_the_grid_keeps_within_the_models_length_and_the_cache():
     grid = probe_grid(max_model_len=2048, max_num_seqs=32, kv_tokens=6000)
-    assert grid.prefill_tokens == (16, 64, 256, 1024, 1983)
+    assert grid.prefill_tokens == (16, 64, 256, 1024, 2015)
     assert (32, 64) in grid.decode
     assert (4, 1024) in grid.decode
     assert (8, 1024) not in grid.decode
@@ -142,7 +152,9 @@ def test_the_grid_keeps_within_the_models_length_and_the_cache():
     assert all(
         context <= 1024 for _, context in probe_grid(max_model_len=1100, max_num_seqs=256, kv_tokens=None).decode
     )
-    assert (16, 1024) not in probe_grid(max_model_len=1100, max_num_seqs=256, kv_tokens=None).decode
+    assert (32, 1024) not in probe_grid(max_model_len=1100, max_num_seqs=256, kv_tokens=None).decode
+    # Contexts of two lengths, however short the longest is.
+    assert {context for _, context in probe_grid(max_model_len=700, max_num_seqs=2, kv_tokens=None).decode} == {64, 333}
     assert grid.points == len(grid.prefill_tokens) + len(grid.decode)
 
 

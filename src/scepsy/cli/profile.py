@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
+from rich import progress as bars
 from rich.console import Console
+from rich.text import Text
 
 from scepsy.cli.options import parse_command
-from scepsy.files import save_profile
-from scepsy.profiling import EngineChoice, EngineFlags, Limits, estimate, measure, profile_model, traced_lengths
-from scepsy.profiling.arrivals import Lengths
+from scepsy.files import load_profile, save_profile
+from scepsy.profiling import (
+    EngineChoice,
+    EngineFlags,
+    Lengths,
+    Limits,
+    Progress,
+    ServingPoint,
+    calibrate,
+    correct,
+    estimate,
+    measure,
+    profile_model,
+    read_points,
+    traced_lengths,
+)
 from scepsy.traces import read_executions
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.profile import LLMProfile
@@ -24,20 +42,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="Hugging Face id or directory")
     parser.add_argument("--device-type", required=True, metavar="TYPE", help="such as H100, or CPU")
     parser.add_argument("--llm", metavar="NAME", help="served model name (default: the last part of MODEL)")
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--estimate", action="store_true", help="estimate it, without any device (scepsy[estimate])")
-    how.add_argument("--endpoint", metavar="URL", help="measure this running engine, which nobody else may use")
+    source = parser.add_argument_group("where it comes from", "by default engines are started here and measured")
+    start = source.add_mutually_exclusive_group()
+    start.add_argument("--estimate", action="store_true", help="estimate it, without any device (scepsy[estimate])")
+    start.add_argument("--from", dest="profile", metavar="FILE", help="take this profile, to correct it")
+    source.add_argument(
+        "--endpoint",
+        metavar="URL",
+        help="measure this running engine, which nobody else may use; with --estimate or --from, correct that by it",
+    )
+    source.add_argument(
+        "--points",
+        nargs="+",
+        default=[],
+        metavar="REPORT",
+        help="correct it by the JSON of vllm bench serve, guidellm or aiperf; REPORT@2 if tensor_parallel_size was 2",
+    )
     parser.add_argument("--tensor-parallel", default="1", metavar="SIZES", help="such as 1,2,4 (default: 1)")
     parser.add_argument("--fractions", default="1", metavar="PARTS", help="of one device, such as 1,0.5 (default: 1)")
+    parser.add_argument("--traces", nargs="+", metavar="PATH", help="also send loads of this LLM's traced lengths")
     parser.add_argument(
-        "--traces", nargs="+", metavar="PATH", help="also send Poisson loads of this LLM's traced lengths"
-    )
-    parser.add_argument(
-        "--requests",
-        type=int,
-        default=100,
-        metavar="N",
-        help="of each Poisson load, of which there are 9 (default: 100)",
+        "--requests", type=int, default=100, metavar="N", help="of each load, of which there are 10 (default: 100)"
     )
     parser.add_argument("--engine", choices=("vllm", "vllm-cpu"), default="vllm", help="default: vllm")
     parser.add_argument("--command", dest="engine_command", metavar="WORDS", help="how to start one engine")
@@ -55,24 +80,75 @@ def run(args: argparse.Namespace, console: Console) -> int:
     save_profile(profile, target)
     sizes = ", ".join(str(steps.tensor_parallel_size) for steps in profile.steps)
     console.print(f"{profile.provenance.source}: {llm} on {profile.device_type} at tensor_parallel_size {sizes}")
+    if profile.provenance.note:
+        console.print(profile.provenance.note, soft_wrap=True, markup=False, highlight=False)
     console.print(f"written to {target}; plan with it: scepsy optimize TRACES --profiles {target} ...", soft_wrap=True)
     return 0
 
 
 def _profile(args: argparse.Namespace, llm: str, target: Path, console: Console) -> LLMProfile:
+    for option, number in (("--requests", args.requests), ("--max-num-seqs", args.max_num_seqs)):
+        if number < 1:
+            raise ScepsyError(f"{option} {number}: must be at least 1")
     sizes = [int(size) for size in _numbers("--tensor-parallel", args.tensor_parallel)]
-    device_type = args.device_type.upper()
+    points = [point for report in args.points for point in _points(report, sizes[0])]
+    lengths = traced_lengths(read_executions(args.traces).executions, llm) if args.traces else ()
+    found = _given(args, llm, sizes)
+    if found is None or args.endpoint:
+        # Finished points are kept beside the file, so that a run that was cut off goes on where it was.
+        kept = target.with_suffix(".points")
+        try:
+            with _shown(console) as tell:
+                found = _measured(args, llm, sizes, lengths, found, kept, tell)
+        except ScepsyError as error:
+            hint = f" What was finished is kept in {kept}: the same command goes on from there" if kept.exists() else ""
+            raise ScepsyError(f"{str(error).rstrip('.')}.{hint}" if hint else str(error)) from error
+    return calibrate(found, points)
+
+
+def _given(args: argparse.Namespace, llm: str, sizes: Sequence[int]) -> LLMProfile | None:
+    """The profile to begin with, unless it is to be measured."""
     if args.estimate:
-        return estimate(args.model, device_type, llm=llm, tensor_parallel_sizes=tuple(sizes))
+        return estimate(
+            args.model,
+            args.device_type,
+            llm=llm,
+            tensor_parallel_sizes=tuple(sizes),
+            max_model_len=args.max_model_len,
+            max_num_seqs=args.max_num_seqs,
+            max_num_batched_tokens=args.max_num_batched_tokens,
+        )
+    if args.profile is None:
+        return None
+    given = load_profile(args.profile)
+    if given.device_type != args.device_type.upper():
+        raise ScepsyError(f"{args.profile}: is a profile for {given.device_type}, not for {args.device_type.upper()}")
+    return given
 
-    def tell(event: str) -> None:
-        console.print(event, soft_wrap=True, markup=False, highlight=False)
 
-    lengths: Sequence[Lengths] = ()
-    if args.traces:
-        lengths = traced_lengths(read_executions(args.traces).executions, llm)
-    # Finished points are kept beside the file, so that a run that was cut off goes on where it was.
-    journal = target.with_suffix(".points")
+def _measured(
+    args: argparse.Namespace,
+    llm: str,
+    sizes: Sequence[int],
+    lengths: Sequence[Lengths],
+    given: LLMProfile | None,
+    kept: Path,
+    tell: Callable[[Progress], None],
+) -> LLMProfile:
+    """Measured at the endpoint, or on engines started here; or the given profile, corrected at the endpoint."""
+    device_type = args.device_type.upper()
+    if given is not None:
+        if not lengths:
+            raise ScepsyError("what is sent to the endpoint are traced lengths: give the traces (--traces)")
+        return correct(
+            given,
+            args.endpoint,
+            lengths=lengths,
+            tensor_parallel_size=sizes[0],
+            requests_per_load=args.requests,
+            journal=kept,
+            on_progress=tell,
+        )
     if args.endpoint:
         return measure(
             args.endpoint,
@@ -86,8 +162,8 @@ def _profile(args: argparse.Namespace, llm: str, target: Path, console: Console)
             ),
             lengths=lengths,
             requests_per_load=args.requests,
-            journal=journal,
-            on_point=tell,
+            journal=kept,
+            on_progress=tell,
         )
     command = parse_command(args.engine_command)
     return profile_model(
@@ -104,9 +180,48 @@ def _profile(args: argparse.Namespace, llm: str, target: Path, console: Console)
             max_model_len=args.max_model_len,
         ),
         choice=EngineChoice(engine=args.engine, command=None if command is None else tuple(command)),
-        folder=journal,
-        on_event=tell,
+        folder=kept,
+        on_progress=tell,
     )
+
+
+@contextmanager
+def _shown(console: Console) -> Iterator[Callable[[Progress], None]]:
+    """Shows each measurement as a line, and on a terminal how much is left below them."""
+
+    def line(told: Progress) -> None:
+        console.print(told.text, soft_wrap=True, markup=False, highlight=False)
+
+    if not console.is_terminal:
+        yield line
+        return
+    columns = bars.BarColumn(), bars.MofNCompleteColumn(), bars.TextColumn("measurements"), _TimeLeft()
+    with bars.Progress(*columns, console=console, transient=True) as shown:
+        task = shown.add_task("", total=None, end_s=None)
+
+        def tell(told: Progress) -> None:
+            line(told)
+            end_s = None if told.left_s is None else time.monotonic() + told.left_s
+            shown.update(task, completed=told.done, total=told.points, end_s=end_s)
+
+        yield tell
+
+
+class _TimeLeft(bars.ProgressColumn):
+    """Counts down between two measurements, each of which may take minutes."""
+
+    def render(self, task: bars.Task) -> Text:
+        end_s = task.fields["end_s"]
+        if end_s is None:
+            return Text("")
+        return Text(f"about {timedelta(seconds=max(0, round(end_s - time.monotonic())))} left")
+
+
+def _points(report: str, size: int) -> Sequence[ServingPoint]:
+    """The points of REPORT or REPORT@SIZE."""
+    path, _, suffix = report.rpartition("@")
+    named = path and suffix.isdecimal()
+    return read_points(path if named else report, tensor_parallel_size=int(suffix) if named else size)
 
 
 def _numbers(option: str, text: str) -> list[float]:

@@ -4,7 +4,8 @@ from scepsy.profiling.arrivals import Lengths, traced_lengths
 from scepsy.profiling.calibrating import ServingPoint, calibrate
 from scepsy.profiling.engines import EngineChoice, Limits, profile_model
 from scepsy.profiling.estimating import estimate
-from scepsy.profiling.measuring import EngineFlags, measure
+from scepsy.profiling.measuring import EngineFlags, correct, measure
+from scepsy.profiling.progress import Progress
 from scepsy.profiling.reports import read_points
 from scepsy.profiling.serving import Load, Response, predict_response
 from scepsy.profiling.shipped import shipped_profiles
@@ -15,9 +16,11 @@ __all__ = [
     "Lengths",
     "Limits",
     "Load",
+    "Progress",
     "Response",
     "ServingPoint",
     "calibrate",
+    "correct",
     "estimate",
     "measure",
     "predict_response",

@@ -1,7 +1,8 @@
-"""Poisson arrivals of given lengths at a running engine: what its profile must predict.
+"""Loads of given lengths on a running engine, from light to full: what its profile must predict.
 
 Steps are measured one kind at a time (probing.py); here they mix as they do in service, with lengths as they were
-traced. The points calibrate the profile, and left out in turn they tell its error.
+traced: Poisson arrivals at several rates, which calibrate the profile and, left out in turn, tell its error; and more
+clients than the engine takes at once, whose throughput is what its predicted saturation is compared with.
 """
 
 from __future__ import annotations
@@ -10,21 +11,34 @@ import asyncio
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite
-from typing import Any
+from typing import TypeVar
 
 from scepsy.profiling.calibrating import ServingPoint, calibrate
 from scepsy.profiling.endpoint import Endpoint, Timing
 from scepsy.profiling.journal import Journal
+from scepsy.profiling.probing import kept
+from scepsy.profiling.progress import Work
 from scepsy.profiling.serving import Load, Response, predict_response
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.executions import Execution
 from scepsy_optimizer.profile import LLMProfile
-from scepsy_optimizer.replica import CallShape, saturation_rps
+from scepsy_optimizer.replica import CallShape, max_batch, saturation_rps
+
+T = TypeVar("T")
+
 
 UTILISATIONS = (0.2, 0.45, 0.7)
+
+# Clients of a full engine: so many times what it takes at once, each asking so often. The first and the last time are
+# not counted, because then the engine fills up and runs empty.
+_CROWD = 2
+_WAVES = 4
+# Guessed before the profile is known, only for the time that is left.
+_GUESSED_CALL_S = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +69,8 @@ def traced_lengths(executions: Iterable[Execution], llm: str) -> tuple[Lengths, 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ArrivalPlan:
-    """What to send: at each utilisation that many `requests` of each set of lengths.
+class LoadPlan:
+    """What to send: of each set of lengths that many `requests` at each utilisation, and the first set without pause.
 
     A request takes one of the lengths of its set at random.
     """
@@ -65,10 +79,23 @@ class ArrivalPlan:
     utilisations: tuple[float, ...] = UTILISATIONS
     requests: int = 100
 
-    @property
-    def points(self) -> int:
-        """How many measurements that is."""
-        return len(self.shapes) * len(self.utilisations)
+    def guesses_s(self, engine: str) -> dict[str, float]:
+        """A first guess of each measurement's time, for the `Work` of that engine."""
+        guesses_s = {
+            _key(engine, index, utilisation): self.requests * _GUESSED_CALL_S / utilisation
+            for index in range(len(self.shapes))
+            for utilisation in self.utilisations
+        }
+        return guesses_s | ({_key(engine, "full"): self.requests * _GUESSED_CALL_S} if self.shapes else {})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """Poisson loads, and the calls per second of a full engine whose calls are of `full_shape`."""
+
+    points: tuple[ServingPoint, ...]
+    full_shape: CallShape
+    full_rps: float
 
 
 def three_shapes(lengths: Sequence[Lengths], max_model_len: int) -> tuple[tuple[Lengths, ...], ...]:
@@ -89,32 +116,35 @@ def three_shapes(lengths: Sequence[Lengths], max_model_len: int) -> tuple[tuple[
     return scaled(1, 1), scaled(2, 0.5), scaled(0.5, 2)
 
 
-async def measure_arrivals(
-    endpoint: Endpoint,
-    profile: LLMProfile,
-    size: int,
-    plan: ArrivalPlan,
-    journal: Journal,
-    on_point: Callable[[str], None],
-) -> list[ServingPoint]:
-    """Send every load of the plan that the journal does not have; rates are parts of the profile's saturation."""
+async def measure_loads(
+    endpoint: Endpoint, profile: LLMProfile, size: int, plan: LoadPlan, journal: Journal, work: Work, engine: str
+) -> Measured:
+    """Measure every load of the plan that the journal does not have; rates are parts of the profile's saturation.
+
+    `work` is told each point as one of `engine`. Raises ScepsyError where the engine fails or has no room for a call.
+    """
     points = []
     for index, lengths in enumerate(plan.shapes):
         for utilisation in plan.utilisations:
-            key = f"arrivals {index} {utilisation}"
-            kept = journal.get(key)
-            if kept is None:
-                kept = await _measure(endpoint, profile, size, lengths, utilisation, plan)
-                journal.put(key, kept)
-            names = ("input_tokens", "cached_tokens", "output_tokens", "rate_rps")
-            load = Load(**{name: kept[name] for name in names})
-            measured = Response(first_token_s=kept["first_token_s"], per_token_s=kept["per_token_s"])
+            measure = partial(_poisson, endpoint, profile, size, lengths, utilisation, plan.requests)
+            found, took_s = await kept(journal, f"load {index} {utilisation}", measure)
+            load = Load(
+                input_tokens=found["input_tokens"],
+                cached_tokens=found["cached_tokens"],
+                output_tokens=found["output_tokens"],
+                rate_rps=found["rate_rps"],
+            )
+            measured = Response(first_token_s=found["first_token_s"], per_token_s=found["per_token_s"])
             points.append(ServingPoint(tensor_parallel_size=size, load=load, measured=measured))
-            on_point(
+            text = (
                 f"{load.rate_rps:.3g} requests/s of {load.input_tokens:.0f} + {load.output_tokens:.0f} tokens: "
                 f"{measured.call_s(load.output_tokens):.2f} s"
             )
-    return points
+            work.finish(_key(engine, index, utilisation), text, took_s=took_s)
+    measure = partial(_full, endpoint, profile, size, plan.shapes[0], plan.requests)
+    found, took_s = await kept(journal, "load full", measure)
+    work.finish(_key(engine, "full"), f"full: {found['rate_rps']:.3g} requests/s", took_s=took_s)
+    return Measured(points=tuple(points), full_shape=_shape(found), full_rps=found["rate_rps"])
 
 
 def left_out_errors(profile: LLMProfile, points: Sequence[ServingPoint]) -> list[float]:
@@ -132,40 +162,74 @@ def left_out_errors(profile: LLMProfile, points: Sequence[ServingPoint]) -> list
     return errors
 
 
-async def _measure(
-    endpoint: Endpoint,
-    profile: LLMProfile,
-    size: int,
-    lengths: Sequence[Lengths],
-    utilisation: float,
-    plan: ArrivalPlan,
-) -> dict[str, Any]:
-    shape = CallShape(
-        input_tokens=statistics.mean(one.input_tokens for one in lengths),
-        cached_tokens=statistics.mean(one.cached_tokens for one in lengths),
-        output_tokens=statistics.mean(one.output_tokens for one in lengths),
+def _key(engine: str, *what: object) -> str:
+    return f"loads of {engine}: {' '.join(str(part) for part in what)}"
+
+
+def _shape(means: Mapping[str, float]) -> CallShape:
+    return CallShape(
+        input_tokens=means["input_tokens"],
+        cached_tokens=means["cached_tokens"],
+        output_tokens=means["output_tokens"],
         overlap=1.0,
     )
+
+
+async def _poisson(
+    endpoint: Endpoint, profile: LLMProfile, size: int, lengths: Sequence[Lengths], utilisation: float, count: int
+) -> dict[str, float]:
+    shape = _shape(_mean_lengths(lengths))
     rate = utilisation * saturation_rps(profile, size, 1.0, shape)
     if rate <= 0:
         raise ScepsyError(f"{profile.llm!r} has no room for a call of {shape.input_tokens:.0f} prompt tokens")
-    count = plan.requests
     rng = random.Random(f"{utilisation} {shape}")  # noqa: S311 - a reproducible load, not a secret
     chosen = [rng.choice(lengths) for _ in range(count)]
     drawn = [rng.expovariate(1.0) for _ in range(count)]
     # A few gaps drawn at random are of another rate than was asked for: they are stretched to it.
     gaps = [gap * count / sum(drawn) / rate for gap in drawn]
-    timings = await _send(endpoint, chosen, gaps)
+    return _means(chosen, await _send(endpoint, chosen, gaps)) | {"rate_rps": rate}
+
+
+async def _full(
+    endpoint: Endpoint, profile: LLMProfile, size: int, lengths: Sequence[Lengths], count: int
+) -> dict[str, float]:
+    """Clients who ask again at once, and more of them than the engine takes."""
+    clients = _CROWD * max(1, int(max_batch(profile, size, 1.0, _shape(_mean_lengths(lengths)))))
+    rng = random.Random(f"full {clients}")  # noqa: S311 - as above
+    chosen = [rng.choice(lengths) for _ in range(max(count, _WAVES * clients))]
+    timings: list[Timing | None] = [None] * len(chosen)
+    numbers = iter(range(len(chosen)))
+
+    async def one() -> None:
+        for number in numbers:
+            timings[number] = await _complete(endpoint, chosen[number])
+
+    await _all([asyncio.create_task(one()) for _ in range(clients)])
+    # By Little's law, over those that were sent and answered while all clients asked.
+    steady = slice(clients, len(chosen) - clients)
+    call_s = statistics.mean(timing.call_s for timing in timings[steady] if timing)
+    return _mean_lengths(chosen[steady]) | {"rate_rps": clients / call_s}
+
+
+def _mean_lengths(chosen: Sequence[Lengths]) -> dict[str, float]:
     return {
         "input_tokens": statistics.mean(one.input_tokens for one in chosen),
         "cached_tokens": statistics.mean(one.cached_tokens for one in chosen),
         "output_tokens": statistics.mean(one.output_tokens for one in chosen),
-        "rate_rps": rate,
+    }
+
+
+def _means(chosen: Sequence[Lengths], timings: Sequence[Timing]) -> dict[str, float]:
+    return _mean_lengths(chosen) | {
         "first_token_s": statistics.mean(timing.first_token_s for timing in timings),
         # Over all tokens, as a call's time is: not the mean of the calls' means.
         "per_token_s": sum(timing.call_s - timing.first_token_s for timing in timings)
-        / sum(one.output_tokens - 1 for one in chosen),
+        / max(1, sum(one.output_tokens - 1 for one in chosen)),
     }
+
+
+def _complete(endpoint: Endpoint, one: Lengths) -> Coroutine[None, None, Timing]:
+    return endpoint.complete(one.input_tokens, one.output_tokens, shared_tokens=one.cached_tokens)
 
 
 async def _send(endpoint: Endpoint, chosen: Sequence[Lengths], gaps: Sequence[float]) -> list[Timing]:
@@ -176,9 +240,21 @@ async def _send(endpoint: Endpoint, chosen: Sequence[Lengths], gaps: Sequence[fl
         for one, gap_s in zip(chosen, gaps, strict=True):
             at_s += gap_s
             await asyncio.sleep(max(0.0, begin_s + at_s - time.perf_counter()))
-            sending = endpoint.complete(one.input_tokens, one.output_tokens, shared_tokens=one.cached_tokens)
-            tasks.append(asyncio.create_task(sending))
+            tasks.append(asyncio.create_task(_complete(endpoint, one)))
+    except asyncio.CancelledError:
+        _cancel(tasks)
+        raise
+    return await _all(tasks)
+
+
+async def _all(tasks: Sequence[asyncio.Task[T]]) -> list[T]:
+    """What the tasks return; at the first error the others are cancelled."""
+    try:
         return await asyncio.gather(*tasks)
     finally:
-        for task in tasks:
-            task.cancel()
+        _cancel(tasks)
+
+
+def _cancel(tasks: Sequence[asyncio.Task[T]]) -> None:
+    for task in tasks:
+        task.cancel()

@@ -20,8 +20,10 @@ from scepsy_optimizer.profile import LLMProfile, StepTimes
 
 Array = NDArray[np.float64]
 
-# Standard deviations of the priors: logarithms of the two scales, then seconds.
-_PRIOR = np.array([0.20, 0.20, 0.0005, 0.020])
+# Standard deviations of the priors: logarithms of the two scales, then seconds. Steps that were measured one by one are
+# believed more than estimated ones: what is left to find is how far the usual is from the undisturbed.
+_PRIOR_ESTIMATED = np.array([0.20, 0.20, 0.0005, 0.020])
+_PRIOR_MEASURED = np.array([0.05, 0.05, 0.0005, 0.020])
 # Standard deviations of the logarithmic errors that remain: first tokens wait for whatever comes along.
 _FIRST_TOKEN_NOISE = 0.25
 _PER_TOKEN_NOISE = 0.05
@@ -62,6 +64,7 @@ def calibrate(profile: LLMProfile, points: Sequence[ServingPoint]) -> LLMProfile
 
 def fit_correction(profile: LLMProfile, points: Sequence[ServingPoint]) -> Correction:
     """The most probable correction, given the points and the priors. Raises ScepsyError as `calibrate`."""
+    prior = _PRIOR_MEASURED if profile.provenance.source == "measured" else _PRIOR_ESTIMATED
     theta = np.zeros(4)
     error = _errors(profile, points, theta)
     for point, own in zip(points, error.reshape(len(points), -1), strict=True):
@@ -73,24 +76,24 @@ def fit_correction(profile: LLMProfile, points: Sequence[ServingPoint]) -> Corre
             moved = theta.copy()
             moved[index] += difference
             slopes[:, index] = (_errors(profile, points, moved) - error) / difference
-        step = np.linalg.solve(slopes.T @ slopes + np.diag(_PRIOR**-2), slopes.T @ error + theta / _PRIOR**2)
-        step = np.clip(step, -_PRIOR, _PRIOR)
+        step = np.linalg.solve(slopes.T @ slopes + np.diag(prior**-2), slopes.T @ error + theta / prior**2)
+        step = np.clip(step, -prior, prior)
         # Halved until it improves: a whole step may lead to where a measured load would saturate.
         for _ in range(_HALVINGS):
             tried = _errors(profile, points, theta - step)
-            if _cost(tried, theta - step) <= _cost(error, theta):
+            if _cost(tried, (theta - step) / prior) <= _cost(error, theta / prior):
                 break
             step = step / 2
         else:
             break
         theta, error = theta - step, tried
-        if np.all(np.abs(step) < 1e-3 * _PRIOR):
+        if np.all(np.abs(step) < 1e-3 * prior):
             break
     return _correction(profile, theta)
 
 
-def _cost(error: Array, theta: Array) -> float:
-    return float(error @ error + (theta / _PRIOR) @ (theta / _PRIOR))
+def _cost(error: Array, deviations: Array) -> float:
+    return float(error @ error + deviations @ deviations)
 
 
 def corrected(profile: LLMProfile, correction: Correction, points: int) -> LLMProfile:

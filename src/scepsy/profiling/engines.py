@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from scepsy.deployment import machine
 from scepsy.profiling.arrivals import Lengths
+from scepsy.profiling.checkpoint import find_checkpoint
 from scepsy.profiling.endpoint import open_endpoint
 from scepsy.profiling.journal import Journal
-from scepsy.profiling.measuring import EngineFlags, measure
-from scepsy.profiling.probing import DecodePoint, Grid, PrefillPoint, probe
-from scepsy_optimizer.cluster import DEVICE_MEMORY_GIB, parse_cluster
+from scepsy.profiling.measuring import EngineFlags, Subject, check_device, load_plan, measure_engine, today
+from scepsy.profiling.probing import DecodePoint, Grid, PrefillPoint, probe, probe_grid
+from scepsy.profiling.progress import Progress, Work
+from scepsy.profiling.shape import shape_of
+from scepsy_optimizer.cluster import parse_cluster
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.plan import LLMPlan, Plan, Slot
 from scepsy_optimizer.profile import FractionSlowdown, LLMProfile, StepClock
@@ -23,6 +28,9 @@ if TYPE_CHECKING:
     from scepsy.deployment.specs import Engine
 
 T = TypeVar("T")
+
+# Only for the time that is left, until the first one has started.
+_GUESSED_START_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,52 +65,65 @@ def profile_model(
     limits: Limits | None = None,
     choice: EngineChoice | None = None,
     folder: Path,
-    on_event: Callable[[str], None] = lambda _: None,
+    on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> LLMProfile:
     """Start the model at each tensor parallelism, and at each fraction of one device, and measure its profile.
 
     `lengths` are those of traced calls, `folder` keeps what is finished: after a crash the same
-    call goes on where it was. How fractions below 1 slow the engine is fitted from steps measured on them. Raises
-    ScepsyError; no engine is left running.
+    call goes on where it was. A `max_model_len` beyond what the model was made for is cut to that. How fractions below
+    1 slow the engine is fitted from steps measured on them. Raises ScepsyError; no engine is left running.
     """
     if 1 not in tensor_parallel_sizes and any(fraction < 1 for fraction in fractions):
         raise ScepsyError("fractions are measured at tensor_parallel_size 1: add it to the sizes")
+    check_device(device_type)
     limits, choice = limits or Limits(), choice or EngineChoice()
+    longest = shape_of(find_checkpoint(model).config).max_position
+    limits = replace(limits, max_model_len=min(limits.max_model_len, longest))
+    sizes = {size: f"tensor_parallel_size {size}" for size in sorted(set(tensor_parallel_sizes))}
+    parts = {part: f"fraction {part:g}" for part in sorted({part for part in fractions if part < 1}, reverse=True)}
+    session = _Session(
+        model=model, llm=llm, device_type=device_type, limits=limits, choice=choice, on_progress=on_progress
+    )
+    grid = probe_grid(max_model_len=limits.max_model_len, max_num_seqs=limits.max_num_seqs, kv_tokens=None)
+    loads = load_plan(lengths, limits.max_model_len, requests_per_load)
+    for engine in sizes.values():
+        session.expect(engine, grid.guesses_s(engine) | loads.guesses_s(engine))
+    for engine in parts.values():
+        session.expect(engine, fraction_grid(grid.prefill_tokens, limits.max_num_seqs).guesses_s(engine))
+    subject = Subject(
+        llm=llm,
+        device_type=device_type,
+        flags=EngineFlags(
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            others=(f"--gpu-memory-utilization {limits.gpu_memory_utilization:g}", *choice.engine_args),
+        ),
+        model=model,
+        date=today(),
+        hardware=hardware(choice.engine),
+    )
     profiles = []
-    for size in sorted(set(tensor_parallel_sizes)):
-        on_event(f"{llm} at tensor_parallel_size {size}")
-        plan = _plan(model, llm, device_type, size, 1.0, limits)
+    for size, engine in sizes.items():
 
-        def whole(url: str, size: int = size) -> LLMProfile:
-            return measure(
-                url,
-                llm,
-                device_type=device_type,
-                model=model,
-                flags=EngineFlags(
-                    tensor_parallel_size=size,
-                    max_num_seqs=limits.max_num_seqs,
-                    max_num_batched_tokens=limits.max_num_batched_tokens,
-                ),
-                lengths=lengths,
-                requests_per_load=requests_per_load,
-                journal=folder / f"tensor_parallel_size_{size}.jsonl",
-                on_point=on_event,
+        def whole(url: str, size: int = size, engine: str = engine) -> LLMProfile:
+            flags = replace(subject.flags, tensor_parallel_size=size)
+            file = folder / f"tensor_parallel_size_{size}.jsonl"
+            measured = measure_engine(
+                url, replace(subject, flags=flags), lengths, requests_per_load, file, session.work, engine
             )
+            return asyncio.run(measured)
 
-        profiles.append(_on_engine(plan, choice, whole, on_event))
+        profiles.append(session.on_engine(engine, size, 1.0, whole))
     profile = joined(profiles)
     slowed = []
-    for fraction in sorted({fraction for fraction in fractions if fraction < 1}, reverse=True):
-        on_event(f"{llm} on {fraction:g} of a device")
-        plan = _plan(model, llm, device_type, 1, fraction, limits)
-        grid = _fraction_grid(profile)
+    for fraction, engine in parts.items():
 
-        def part(url: str, fraction: float = fraction, grid: Grid = grid) -> Steps:
+        def part(url: str, fraction: float = fraction, engine: str = engine) -> Steps:
             file = folder / f"fraction_{fraction:g}.jsonl"
-            return asyncio.run(_probe(url, llm, grid, file, fraction, on_event))
+            grid = fraction_grid(profile.at(1).prefill_tokens, profile.max_num_seqs)
+            return asyncio.run(_probe(url, llm, grid, file, fraction, session.work, engine))
 
-        slowed.append((fraction, _on_engine(plan, choice, part, on_event)))
+        slowed.append((fraction, session.on_engine(engine, 1, fraction, part)))
     if not slowed:
         return profile
     enforcement = {"vllm": "MPS", "vllm-cpu": "CPU quota"}.get(choice.engine, "emulated")
@@ -164,50 +185,87 @@ def fit_slowdown(whole: LLMProfile, slowed: Sequence[tuple[float, Steps]]) -> Fr
     )
 
 
-def _fraction_grid(profile: LLMProfile) -> Grid:
+def fraction_grid(prefill_tokens: Sequence[int], max_num_seqs: int) -> Grid:
     """A few steps of each kind: how much slower they are is nearly the same for all of a kind."""
-    steps = profile.at(1)
-    prefill = [tokens for tokens in steps.prefill_tokens if 256 <= tokens <= 4096] or [steps.prefill_tokens[-1]]
-    batches = [batch for batch in (1, 8, 32, 64, 128) if batch <= profile.max_num_seqs]
+    prefill = [tokens for tokens in prefill_tokens if 256 <= tokens <= 4096] or [prefill_tokens[-1]]
+    batches = [batch for batch in (1, 8, 32, 64, 128) if batch <= max_num_seqs]
     return Grid(prefill_tokens=tuple(prefill), decode=tuple((batch, 64) for batch in batches))
 
 
-async def _probe(url: str, llm: str, grid: Grid, file: Path, fraction: float, on_event: Callable[[str], None]) -> Steps:
+def hardware(engine: Engine) -> str:
+    """What the devices of this machine call themselves. Raises ScepsyError where GPUs are wanted and there are none."""
+    if engine == "emulator":
+        return "emulated"
+    if engine == "vllm":
+        names = sorted({gpu.name for gpu in machine.find_gpus()})
+        return ", ".join(names)
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return f"{line.partition(':')[2].strip()}, {len(machine.cores())} cores"
+    return f"{len(machine.cores())} cores"
+
+
+async def _probe(url: str, llm: str, grid: Grid, file: Path, fraction: float, work: Work, engine: str) -> Steps:
     async with open_endpoint(url, llm) as endpoint:
         facts = await endpoint.facts()
         about = {"llm": llm, "model": facts.model, "engine": facts.version, "fraction": fraction}
-        return await probe(endpoint, grid, Journal(file, about), on_event)
+        return await probe(endpoint, grid, Journal(file, about), work, engine)
 
 
-def _on_engine(plan: Plan, choice: EngineChoice, work: Callable[[str], T], on_event: Callable[[str], None]) -> T:
-    """Start the plan's only replica, do the work at its own URL, stop it."""
-    from scepsy.deployment import deploy
+class _Session:
+    """Engines of one model, started one after another."""
 
-    with deploy(
-        plan,
-        engine=choice.engine,
-        profiles=choice.profiles,
-        command=choice.command,
-        engine_args=choice.engine_args,
-        name=f"profile-{plan.llms[0].llm}".replace("/", "-"),
-        on_event=on_event,
-    ) as running:
-        return work(running.status().replicas[0].url)
+    def __init__(
+        self,
+        *,
+        model: str,
+        llm: str,
+        device_type: str,
+        limits: Limits,
+        choice: EngineChoice,
+        on_progress: Callable[[Progress], None],
+    ) -> None:
+        self.work = Work(on_progress)
+        self._model = model
+        self._llm = llm
+        self._device_type = device_type
+        self._limits = limits
+        self._choice = choice
 
+    def expect(self, engine: str, guesses_s: Mapping[str, float]) -> None:
+        """Expect an engine's start and its measurements."""
+        self.work.expect({f"start of {engine}": _GUESSED_START_S, **guesses_s})
 
-def _plan(model: str, llm: str, device_type: str, size: int, fraction: float, limits: Limits) -> Plan:
-    if device_type not in DEVICE_MEMORY_GIB:
-        raise ScepsyError(f"device type {device_type!r} is not known; known: {', '.join(sorted(DEVICE_MEMORY_GIB))}")
-    part = LLMPlan(
-        llm=llm,
-        model=model,
-        tensor_parallel_size=size,
-        fraction=fraction,
-        replicas=1,
-        slots=(Slot(node="node0", devices=tuple(range(size))),),
-        max_num_seqs=limits.max_num_seqs,
-        max_num_batched_tokens=limits.max_num_batched_tokens,
-        max_model_len=limits.max_model_len,
-        gpu_memory_utilization=limits.gpu_memory_utilization,
-    )
-    return Plan(cluster=parse_cluster(f"{size}x{device_type}"), rate_rps=0.0, llms=(part,))
+    def on_engine(self, engine: str, size: int, fraction: float, work: Callable[[str], T]) -> T:
+        """Start it, do the work at its own URL, stop it."""
+        from scepsy.deployment import deploy
+
+        self.work.tell(f"{self._llm}, {engine}")
+        begun_s = time.perf_counter()
+        with deploy(
+            self._plan(size, fraction),
+            engine=self._choice.engine,
+            profiles=self._choice.profiles,
+            command=self._choice.command,
+            engine_args=self._choice.engine_args,
+            name=f"profile-{self._llm}".replace("/", "-"),
+        ) as running:
+            (replica,) = running.status().replicas
+            took_s = time.perf_counter() - begun_s
+            self.work.finish(f"start of {engine}", f"engine ready after {took_s:.0f} s", took_s=took_s)
+            return work(replica.url)
+
+    def _plan(self, size: int, fraction: float) -> Plan:
+        part = LLMPlan(
+            llm=self._llm,
+            model=self._model,
+            tensor_parallel_size=size,
+            fraction=fraction,
+            replicas=1,
+            slots=(Slot(node="node0", devices=tuple(range(size))),),
+            max_num_seqs=self._limits.max_num_seqs,
+            max_num_batched_tokens=self._limits.max_num_batched_tokens,
+            max_model_len=self._limits.max_model_len,
+            gpu_memory_utilization=self._limits.gpu_memory_utilization,
+        )
+        return Plan(cluster=parse_cluster(f"{size}x{self._device_type}"), rate_rps=0.0, llms=(part,))

@@ -10,7 +10,13 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-from scepsy.profiling.arrivals import ArrivalPlan, Lengths, left_out_errors, measure_arrivals, three_shapes
+from scepsy.profiling.arrivals import (
+    Lengths,
+    LoadPlan,
+    left_out_errors,
+    measure_loads,
+    three_shapes,
+)
 from scepsy.profiling.calibrating import calibrate
 from scepsy.profiling.checkpoint import find_checkpoint
 from scepsy.profiling.endpoint import Endpoint, EngineFacts, open_endpoint
@@ -18,30 +24,40 @@ from scepsy.profiling.fitting import fit_steps
 from scepsy.profiling.journal import Journal
 from scepsy.profiling.memory import kv_bytes_per_token, overhead_gib, weights_gib
 from scepsy.profiling.probing import DecodePoint, PrefillPoint, probe, probe_grid
+from scepsy.profiling.progress import Progress, Work
 from scepsy.profiling.shape import shape_of
 from scepsy_optimizer.cluster import DEVICE_MEMORY_GIB
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.profile import PROPORTIONAL, FractionSlowdown, LLMProfile, Provenance, StepTimes
+from scepsy_optimizer.replica import saturation_rps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineFlags:
-    """How an engine was started, which it does not tell by itself: vLLM's options of the same names."""
+    """How an engine was started, which it does not tell by itself: vLLM's options of the same names.
+
+    `others` are further options, which are noted and not looked into.
+    """
 
     tensor_parallel_size: int = 1
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """What is measured: one served model on one device type. `model` is what the engine loads, if it does not say."""
+    """What is measured: one served model on one device type. `model` is what the engine loads, if it does not say.
+
+    `hardware` is what the device calls itself, as far as that is known.
+    """
 
     llm: str
     device_type: str
     flags: EngineFlags
     model: str | None
     date: str
+    hardware: str = ""
 
 
 def measure(
@@ -54,66 +70,114 @@ def measure(
     lengths: Sequence[Lengths] = (),
     requests_per_load: int = 100,
     journal: Path | None = None,
-    on_point: Callable[[str], None] = lambda _: None,
+    on_progress: Callable[[Progress], None] = lambda _: None,
     date: str | None = None,
 ) -> LLMProfile:
     """Measure the profile of one LLM behind a running endpoint, which must be one engine that nobody else uses.
 
     `endpoint` is its base URL, `llm` the served name, `model` what the engine loads (default: what it says), `flags`
-    how it was started, on whole devices. With `lengths`, those of traced calls, Poisson loads of
-    three shapes at three rates follow the steps, `requests_per_load` each; they calibrate the profile, and its error is
-    told in the provenance. Points that are finished are kept in the file `journal` and not measured again.
-    `on_point` is told of each. Raises ScepsyError.
+    how it was started, on whole devices. With `lengths`, those of traced calls, loads of three shapes follow the steps,
+    Poisson arrivals at three rates and a full engine, `requests_per_load` each; they calibrate the profile, and its
+    error is told in the provenance. Points that are finished are kept in the file `journal` and not measured again.
+    `on_progress` is told of each. Raises ScepsyError.
     """
+    check_device(device_type)
+    subject = Subject(llm=llm, device_type=device_type, flags=flags or EngineFlags(), model=model, date=date or today())
+    return asyncio.run(
+        measure_engine(
+            endpoint, subject, lengths, requests_per_load, journal, Work(on_progress), f"{llm} at {endpoint}"
+        )
+    )
+
+
+def correct(
+    profile: LLMProfile,
+    endpoint: str,
+    *,
+    lengths: Sequence[Lengths],
+    tensor_parallel_size: int = 1,
+    requests_per_load: int = 100,
+    journal: Path | None = None,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+) -> LLMProfile:
+    """A profile, such as an estimate, calibrated by loads on a running engine of its LLM that nobody else uses.
+
+    The loads are those of `measure`, without its steps: minutes, where those of large models take longer. The engine
+    must have been started with the limits of the profile, at `tensor_parallel_size`. Raises ScepsyError.
+    """
+
+    async def found() -> LLMProfile:
+        async with open_endpoint(endpoint, profile.llm) as opened:
+            facts = await opened.facts()
+            about = {"llm": profile.llm, "model": facts.model, "engine": facts.version, "corrects": profile.device_type}
+            work = Work(on_progress)
+            return await _calibrated(
+                opened,
+                profile,
+                tensor_parallel_size,
+                load_plan(lengths, min(profile.max_model_len, facts.max_model_len), requests_per_load),
+                Journal(journal, {**about, "tensor_parallel_size": tensor_parallel_size}),
+                work,
+                f"{profile.llm} at {endpoint}",
+            )
+
+    return asyncio.run(found())
+
+
+def check_device(device_type: str) -> None:
+    """Raise ScepsyError for a device type whose memory is not known."""
     if device_type not in DEVICE_MEMORY_GIB:
         raise ScepsyError(f"device type {device_type!r} is not known; known: {', '.join(sorted(DEVICE_MEMORY_GIB))}")
-    subject = Subject(
-        llm=llm,
-        device_type=device_type,
-        flags=flags or EngineFlags(),
-        model=model,
-        date=date or datetime.now(UTC).date().isoformat(),
-    )
-    return asyncio.run(_measure(endpoint, subject, lengths, requests_per_load, journal, on_point))
 
 
-async def _measure(
+def today() -> str:
+    """The date of a measurement."""
+    return datetime.now(UTC).date().isoformat()
+
+
+async def measure_engine(
     url: str,
     subject: Subject,
     lengths: Sequence[Lengths],
     requests_per_load: int,
     journal_file: Path | None,
-    on_point: Callable[[str], None],
+    work: Work,
+    engine: str,
 ) -> LLMProfile:
+    """`measure` for one of several engines, whose measurements `work` knows under the name `engine`."""
     flags = subject.flags
     async with open_endpoint(url, subject.llm) as endpoint:
         facts = await endpoint.facts()
         about = {"llm": subject.llm, "model": facts.model, "engine": facts.version, **asdict(flags)}
+        about["others"] = " ".join(flags.others)
         journal = Journal(journal_file, about)
         grid = probe_grid(max_model_len=facts.max_model_len, max_num_seqs=flags.max_num_seqs, kv_tokens=facts.kv_tokens)
-        prefill, decode = await probe(endpoint, grid, journal, on_point)
+        plan = load_plan(lengths, facts.max_model_len, requests_per_load)
+        work.expect(grid.guesses_s(engine) | plan.guesses_s(engine))
+        prefill, decode = await probe(endpoint, grid, journal, work, engine)
         profile = _profile(subject, facts, prefill, decode)
         if lengths:
-            return await _calibrated(endpoint, profile, flags, lengths, requests_per_load, journal, on_point)
+            return await _calibrated(endpoint, profile, flags.tensor_parallel_size, plan, journal, work, engine)
     return profile
 
 
+def load_plan(lengths: Sequence[Lengths], max_model_len: int, requests: int) -> LoadPlan:
+    """The loads of such lengths; none without lengths."""
+    return LoadPlan(shapes=three_shapes(lengths, max_model_len) if lengths else (), requests=requests)
+
+
 async def _calibrated(
-    endpoint: Endpoint,
-    profile: LLMProfile,
-    flags: EngineFlags,
-    lengths: Sequence[Lengths],
-    requests_per_load: int,
-    journal: Journal,
-    on_point: Callable[[str], None],
+    endpoint: Endpoint, profile: LLMProfile, size: int, plan: LoadPlan, journal: Journal, work: Work, engine: str
 ) -> LLMProfile:
-    """The profile calibrated by loads of such lengths, with the error that it then has in its provenance."""
-    size = flags.tensor_parallel_size
-    plan = ArrivalPlan(shapes=three_shapes(lengths, profile.max_model_len), requests=requests_per_load)
-    points = await measure_arrivals(endpoint, profile, size, plan, journal, on_point)
-    error = statistics.mean(abs(error) for error in left_out_errors(profile, points))
-    found = calibrate(profile, points)
-    note = f"{found.provenance.note}; mean error of calls at a load that was left out {error:.1%}"
+    """The profile calibrated by the loads, with the errors that it then has in its provenance."""
+    loads = await measure_loads(endpoint, profile, size, plan, journal, work, engine)
+    found = calibrate(profile, loads.points)
+    error = statistics.mean(abs(error) for error in left_out_errors(profile, loads.points))
+    full = saturation_rps(found, size, 1.0, loads.full_shape) / loads.full_rps - 1
+    note = (
+        f"{found.provenance.note}; mean error of calls at a load that was left out {error:.1%}, "
+        f"saturation rate {full:+.1%}"
+    )
     return replace(found, provenance=replace(found.provenance, note=note))
 
 
@@ -132,6 +196,8 @@ def _profile(
             tool=f"scepsy {version('scepsy')}",
             engine=f"vllm {facts.version}",
             date=subject.date,
+            hardware=subject.hardware,
+            flags=_flags(flags, facts.max_model_len),
             note=f"{len(prefill)} prefill and {len(decode)} decode points",
         ),
         # A quota of a core slows everything in proportion; what a share of a GPU does is measured by itself.
@@ -143,6 +209,12 @@ def _profile(
         max_num_batched_tokens=flags.max_num_batched_tokens,
         max_model_len=facts.max_model_len,
     )
+
+
+def _flags(flags: EngineFlags, max_model_len: int) -> str:
+    """As a command line has them."""
+    words = [f"--max-num-seqs {flags.max_num_seqs}", f"--max-num-batched-tokens {flags.max_num_batched_tokens}"]
+    return " ".join([*words, f"--max-model-len {max_model_len}", *flags.others])
 
 
 def _steps(

@@ -4,34 +4,41 @@ Prefill: single requests of one output token on an idle engine; their time is on
 API. Where the engine counts the step itself (vLLM does), the rest is the time per request outside its steps. Decode:
 requests of equal length that start together, once with few and once with more tokens; the difference is decode steps of
 the full batch and nothing else. The moments at which single tokens arrive are not used: an API server that lacks a core
-sends them in bursts.
+sends them in bursts. Everything is timed several times and the shortest counts: whatever else a machine does can only
+make it longer, and the loads that follow (arrivals.py) see what is usual.
 """
 
 from __future__ import annotations
 
 import asyncio
 import statistics
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 
 from scepsy.profiling.endpoint import Endpoint
 from scepsy.profiling.journal import Journal
+from scepsy.profiling.progress import Work
 
 _WARM_UP = (64, 16)
+# How often a point is timed, and one of more prompt tokens than `_CHEAP`.
 _REPEATS = 3
-# Up to this many prompt tokens a batch is decoded as often as prompts are prefilled; the median drops a hiccup.
-_CHEAP = 4096
+_REPEATS_LONG = 2
+_CHEAP = 2048
 # How many tokens more the longer calls have.
-_DECODE_TOKENS = 64
+_DECODE_TOKENS = 32
 _SHORTEST_STEP_S = 1e-5
+# Guessed before anything is known, only for the time that is left; what is measured corrects it.
+_GUESSED_TOKEN_S = 0.0001
+_GUESSED_STEP_S = 0.01
 # Contexts are made by real prefills: more prompt tokens than this in one point take longer than they tell.
 _PROMPT_BUDGET = 32768
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillPoint:
-    """Median time of a prefill step of that many tokens, and of the rest of the request's way."""
+    """Time of a prefill step of that many tokens, and of the rest of the request's way."""
 
     tokens: int
     step_s: float
@@ -40,7 +47,7 @@ class PrefillPoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodePoint:
-    """Median time of a decode step of a batch at a mean context."""
+    """Time of a decode step of a batch at a mean context."""
 
     batch: int
     context_tokens: int
@@ -59,18 +66,32 @@ class Grid:
         """How many measurements that is."""
         return len(self.prefill_tokens) + len(self.decode)
 
+    def guesses_s(self, engine: str) -> dict[str, float]:
+        """A first guess of each measurement's time, for the `Work` of that engine."""
+        prefill = {
+            _key(engine, "prefill", tokens): _repeats(tokens) * tokens * _GUESSED_TOKEN_S
+            for tokens in self.prefill_tokens
+        }
+        decode = {}
+        for batch, context in self.decode:
+            steps = 2 * _longest_answer(batch, context) - _DECODE_TOKENS
+            once_s = 2 * batch * context * _GUESSED_TOKEN_S + steps * _GUESSED_STEP_S
+            decode[_key(engine, "decode", batch, context)] = _repeats(batch * context) * once_s
+        return prefill | decode
+
 
 def probe_grid(*, max_model_len: int, max_num_seqs: int, kv_tokens: int | None) -> Grid:
     """Prompts up to the model's length by factors of 4, batches up to `max_num_seqs` by factors of 2 and 4.
 
-    Long contexts are measured at the batches that the KV cache and a budget of prompt tokens allow.
+    Long contexts are measured at the batches that the KV cache and a budget of prompt tokens allow; a model that has no
+    long ones is measured at half of its length as well, because it is contexts that tell what keys and values cost.
     """
     longest = max_model_len - _DECODE_TOKENS - 1
     prefill = [tokens for tokens in (16, 64, 256, 1024, 4096, 16384) if tokens < longest]
     # The longest prompt itself: beyond it nothing is asked for.
     prefill.append(min(longest, 32768))
     batches = [batch for batch in (1, 2, 4, 8, 16, 32, 64, 128, 256) if batch <= max_num_seqs]
-    contexts = [64, *(context for context in (1024, 4096, 16384) if context < longest)]
+    contexts = [64, *([context for context in (1024, 4096, 16384) if context < longest] or [longest // 2])]
     room = min(_PROMPT_BUDGET, kv_tokens or _PROMPT_BUDGET)
     decode = [
         (batch, context)
@@ -88,56 +109,69 @@ def _longest_answer(batch: int, context: int) -> int:
 
 
 async def probe(
-    endpoint: Endpoint, grid: Grid, journal: Journal, on_point: Callable[[str], None]
+    endpoint: Endpoint, grid: Grid, journal: Journal, work: Work, engine: str
 ) -> tuple[list[PrefillPoint], list[DecodePoint]]:
     """Measure every point of the grid that the journal does not have. Nothing else may use the engine meanwhile.
 
-    `on_point` is told each point, also those from the journal. Raises ScepsyError where the engine fails.
+    `work` is told each point, also those from the journal, as one of `engine`. Raises ScepsyError where the engine
+    fails.
     """
     await endpoint.complete(*_WARM_UP)
     prefill = []
     for tokens in grid.prefill_tokens:
-        key = f"prefill {tokens}"
-        point = await _kept(journal, key, partial(_prefill, endpoint, tokens))
+        point, took_s = await kept(journal, f"prefill {tokens}", partial(_prefill, endpoint, tokens))
         prefill.append(PrefillPoint(tokens=tokens, **point))
-        on_point(f"prefill of {tokens} tokens: {point['step_s'] * 1000:.1f} ms")
+        text = f"prefill of {tokens} tokens: {point['step_s'] * 1000:.1f} ms"
+        work.finish(_key(engine, "prefill", tokens), text, took_s=took_s)
     decode = []
     for batch, context in grid.decode:
-        key = f"decode {batch} {context}"
-        point = await _kept(journal, key, partial(_decode, endpoint, batch, context))
+        point, took_s = await kept(journal, f"decode {batch} {context}", partial(_decode, endpoint, batch, context))
         decode.append(DecodePoint(batch=batch, context_tokens=context + _DECODE_TOKENS // 2, **point))
-        on_point(f"decode of {batch} at {context} tokens: {point['step_s'] * 1000:.2f} ms")
+        text = f"decode of {batch} at {context} tokens: {point['step_s'] * 1000:.2f} ms"
+        work.finish(_key(engine, "decode", batch, context), text, took_s=took_s)
     return prefill, decode
 
 
-async def _kept(journal: Journal, key: str, measure: Callable[[], Awaitable[dict[str, float]]]) -> dict[str, float]:
+async def kept(
+    journal: Journal, key: str, measure: Callable[[], Awaitable[dict[str, float]]]
+) -> tuple[dict[str, float], float | None]:
+    """The point of that key from the journal, else measured and kept there; and how long that took, None if kept."""
     known = journal.get(key)
-    if known is None:
-        known = await measure()
-        journal.put(key, known)
-    return known
+    if known is not None:
+        return known, None
+    begun_s = time.perf_counter()
+    found = await measure()
+    journal.put(key, found)
+    return found, time.perf_counter() - begun_s
+
+
+def _key(engine: str, *what: object) -> str:
+    return f"steps of {engine}: {' '.join(str(part) for part in what)}"
+
+
+def _repeats(prompt_tokens: int) -> int:
+    return _REPEATS if prompt_tokens <= _CHEAP else _REPEATS_LONG
 
 
 async def _prefill(endpoint: Endpoint, tokens: int) -> dict[str, float]:
-    calls, steps = [], []
-    for _ in range(_REPEATS):
+    steps, rests = [], []
+    for _ in range(_repeats(tokens)):
         before = await endpoint.counters()
         timing = await endpoint.complete(tokens, 1)
         counted_s = (await endpoint.counters()).prefill_time_s - before.prefill_time_s
-        calls.append(timing.first_token_s)
         steps.append(counted_s if 0 < counted_s < timing.first_token_s else timing.first_token_s)
-    rest = [call - step for call, step in zip(calls, steps, strict=True)]
-    return {"step_s": statistics.median(steps), "request_s": statistics.median(rest)}
+        rests.append(timing.first_token_s - steps[-1])
+    return {"step_s": min(steps), "request_s": min(rests)}
 
 
 async def _decode(endpoint: Endpoint, batch: int, context: int) -> dict[str, float]:
     few, many = _longest_answer(batch, context) - _DECODE_TOKENS, _longest_answer(batch, context)
-    found = []
-    for _ in range(_REPEATS if batch * context <= _CHEAP else 1):
-        short_s = await _batch_s(endpoint, batch, context, few)
-        long_s = await _batch_s(endpoint, batch, context, many)
-        found.append((long_s - short_s) / _DECODE_TOKENS)
-    return {"step_s": max(_SHORTEST_STEP_S, statistics.median(found))}
+    pairs = [
+        (await _batch_s(endpoint, batch, context, few), await _batch_s(endpoint, batch, context, many))
+        for _ in range(_repeats(batch * context))
+    ]
+    shortest_s = min(many_s for _, many_s in pairs) - min(few_s for few_s, _ in pairs)
+    return {"step_s": max(_SHORTEST_STEP_S, shortest_s / _DECODE_TOKENS)}
 
 
 async def _batch_s(endpoint: Endpoint, batch: int, context: int, tokens: int) -> float:

@@ -1,0 +1,405 @@
+"""Predicted against measured, on the real vLLM: two models on two CPU cores, two workflows at three rates.
+
+The whole way of a user: executions are traced through an endpoint (of emulators: only their calls and lengths count),
+`scepsy profile` measures both models on engines that it starts, latency and saturation are predicted, and only then are
+the engines deployed together and the workflows sent to their endpoint as Poisson arrivals, several seeds each. Models
+have random weights, and answers are as long as they are asked to be.
+
+Two cores carry engines, endpoint and clients, so the machine must be otherwise idle. Before and after each round a
+fixed loop is timed on each core, and during it the time that other processes take is counted. A round that was
+disturbed is repeated; every round is printed.
+
+Needs .venv-vllm (make test-vllm makes it). Takes about 20 minutes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from pathlib import Path
+
+import aiohttp
+import numpy as np
+import psutil
+
+from benchmarks.machine_noise import probe_s, watched
+from benchmarks.outcome import Bound, finish
+from scepsy.collect.joining import CONVERSATION_HEADERS, WORKFLOW_HEADER
+from scepsy.deployment import deploy, list_deployments
+from scepsy.files import load_profile
+from scepsy.profiling import shipped_profiles
+from scepsy.traces import read_executions
+from scepsy_optimizer.allocation import MAX_UTILISATION, Choice
+from scepsy_optimizer.cluster import parse_cluster
+from scepsy_optimizer.plan import Plan, Prediction
+from scepsy_optimizer.planner import hand_made_plan, predict
+from scepsy_optimizer.profile import LLMProfile
+from scepsy_optimizer.steady_state import replay_steady_state
+from scepsy_optimizer.workload import Workload, aggregate
+
+ROOT = Path(__file__).parents[1]
+PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
+COMMAND = (str(PYTHON), "-m", "vllm.entrypoints.openai.api_server")
+MODELS = {"checker": (512, 8), "writer": (1024, 12)}
+"""Hidden size and layers of each LLM."""
+
+CLUSTER = parse_cluster("2xCPU")
+WHOLE_CORES = {llm: (Choice(tensor_parallel_size=1, fraction=Fraction(1), replicas=1),) for llm in MODELS}
+LOADS = (0.25, 0.45, 0.65)
+SEEDS = (1, 2)
+TRACED = 300
+ROUND_S, LEAD_S, TAIL_S = 42.0, 5.0, 3.0
+"""How long executions arrive in a round, and how much of it is not counted: engines fill up and run empty."""
+
+SATURATED, SATURATION_S = 24, 45.0
+"""Executions in flight at saturation, and for how long."""
+
+PROFILE_OPTIONS = ("--requests", "20", "--max-num-seqs", "8", "--max-num-batched-tokens", "1024")
+PROFILE_OPTIONS += ("--max-model-len", "1024")
+# Ids that are plain text in the models' vocabulary.
+TOKENS = range(10, 200)
+EXECUTION_HEADER = CONVERSATION_HEADERS[0]
+# A round is disturbed when others take more of the cores than this, or when a core computes that much slower.
+OTHERS, SLOWER = 0.03, 0.06
+REPEATS = 2
+BUDGET_S = 18 * 60
+"""After this nothing is repeated any more."""
+
+Call = Callable[[str, int, int], Awaitable[None]]
+
+
+async def draft_and_check(call: Call, rng: random.Random) -> None:
+    """A chain: one LLM drafts, the other one reads prompt and draft and gives a verdict."""
+    prompt, draft = rng.randint(60, 180), rng.randint(12, 36)
+    await call("writer", prompt, draft)
+    await call("checker", prompt + draft, rng.randint(4, 12))
+
+
+async def vote_and_judge(call: Call, rng: random.Random) -> None:
+    """A fan-out: three answers at once by one LLM, which the other one reads to judge."""
+    answers = [rng.randint(12, 36) for _ in range(3)]
+    question = rng.randint(40, 120)
+    await asyncio.gather(*(call("checker", question, tokens) for tokens in answers))
+    await call("writer", question + sum(answers), rng.randint(6, 18))
+
+
+WORKFLOWS = {"draft-and-check": draft_and_check, "vote-and-judge": vote_and_judge}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """One measurement: latencies of the executions that count, and how much the machine was disturbed meanwhile.
+
+    `others` is the part of the cores that others took, `slower` how much longer a core needed for a fixed loop before
+    or after than at its quickest.
+    """
+
+    seed: int
+    latencies_s: tuple[float, ...]
+    finished_rps: float
+    others: float
+    slower: float
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether the machine did too much else."""
+        return self.others > OTHERS or self.slower > SLOWER
+
+
+@dataclass(slots=True, kw_only=True)
+class Point:
+    """One workflow at one rate, or saturated (`load` is None then): what is predicted, and every round measured."""
+
+    workflow: str
+    load: float | None
+    rate_rps: float
+    predicted_s: float = 0.0
+    replayed_s: float = 0.0
+    rounds: list[Round] = field(default_factory=list)
+
+    @property
+    def counted(self) -> list[Round]:
+        """Of each seed the undisturbed round, or the least disturbed one."""
+        return [
+            min((one for one in self.rounds if one.seed == seed), key=lambda one: (one.disturbed, one.others))
+            for seed in sorted({one.seed for one in self.rounds})
+        ]
+
+    @property
+    def measured(self) -> float:
+        """Mean latency over all executions that count, or executions finished per second at saturation."""
+        if self.load is None:
+            return statistics.mean(one.finished_rps for one in self.counted)
+        return statistics.mean(latency_s for one in self.counted for latency_s in one.latencies_s)
+
+    @property
+    def error(self) -> float:
+        """Of the prediction, relative to what was measured."""
+        return (self.rate_rps if self.load is None else self.predicted_s) / self.measured - 1
+
+    @property
+    def spread(self) -> float:
+        """Half of the range of the seeds' means: what chance and the machine do to one point."""
+        means = [one.finished_rps if self.load is None else statistics.mean(one.latencies_s) for one in self.counted]
+        return (max(means) - min(means)) / 2 / self.measured
+
+
+def main() -> int:
+    """Trace, profile, predict, deploy, measure, judge."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    begun_s = time.perf_counter()
+    if not PYTHON.exists():
+        print("there is no .venv-vllm; make test-vllm makes it", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ |= {"SCEPSY_HOME": f"{folder}/home", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        models = make_models(Path(folder))
+        workloads = asyncio.run(trace(Path(folder) / "traces"))
+        tell(begun_s, f"traced {TRACED} executions of each workflow; profiling")
+        profiles = {llm: profile(llm, models[llm], Path(folder)) for llm in MODELS}
+        points = predictions(workloads, profiles)
+        plan = hand_made_plan(WHOLE_CORES, profiles, CLUSTER)
+        tell(begun_s, "deploying")
+        with deploy(plan, engine="vllm-cpu", command=COMMAND, name="measured") as running:
+            asyncio.run(measure(running.url, points, begun_s))
+        left = len(psutil.Process().children(recursive=True)) + len(list_deployments())
+    seconds = time.perf_counter() - begun_s
+    notes = {llm: one.provenance.note for llm, one in profiles.items()}
+    return judge(points, {"profiles": notes, "seconds": seconds}, left)
+
+
+def make_models(folder: Path) -> dict[str, Path]:
+    """The directory of each model, with random weights."""
+    script = ROOT / "tests" / "vllm" / "make_model.py"
+    for seed, (llm, sizes) in enumerate(MODELS.items()):
+        words = [str(PYTHON), str(script), str(folder / llm), *(str(size) for size in sizes), str(seed)]
+        subprocess.run(words, check=True, capture_output=True)
+    return {llm: folder / llm for llm in MODELS}
+
+
+async def trace(folder: Path) -> dict[str, Workload]:
+    """What the workflows ask of the LLMs, as an endpoint has recorded it."""
+    # Any profile will do: only how long calls are and which waits for which is used of these traces.
+    quick = shipped_profiles("H100")["reranker"]
+    emulated = {llm: replace(quick, llm=llm) for llm in MODELS}
+    plan = hand_made_plan(WHOLE_CORES, emulated, parse_cluster("2xH100"))
+    with deploy(plan, engine="emulator", profiles=emulated, name="traced", record=folder) as running:
+        async with client() as session:
+            turns = asyncio.Semaphore(8)
+
+            async def one(workflow: str, number: int) -> None:
+                async with turns:
+                    await execute(session, running.url, workflow, f"traced {number}")
+
+            await asyncio.gather(*(one(workflow, number) for workflow in WORKFLOWS for number in range(TRACED)))
+    executions = read_executions([folder]).executions
+    return {name: aggregate([one for one in executions if one.workflow == name]) for name in WORKFLOWS}
+
+
+def profile(llm: str, model: Path, folder: Path) -> LLMProfile:
+    """What `scepsy profile` measures, called as a user calls it."""
+    target = folder / f"{llm}.yaml"
+    words = [sys.executable, "-m", "scepsy", "profile", str(model), "--llm", llm, "--device-type", "CPU"]
+    words += ["--engine", "vllm-cpu", "--command", " ".join(COMMAND), "--traces", str(folder / "traces")]
+    words += [*PROFILE_OPTIONS, "-o", str(target)]
+    subprocess.run(words, check=True, stdout=sys.stderr)
+    return load_profile(target)
+
+
+def predictions(workloads: Mapping[str, Workload], profiles: Mapping[str, LLMProfile]) -> list[Point]:
+    """Every point before anything of it is measured."""
+    points = []
+    for name, workload in workloads.items():
+        idle = predicted(predict(workload, profiles, CLUSTER, WHOLE_CORES, rate_rps=1e-6))
+        saturation_rps = idle.max_rate_rps / MAX_UTILISATION
+        for load in LOADS:
+            plan = predict(workload, profiles, CLUSTER, WHOLE_CORES, rate_rps=load * saturation_rps)
+            replayed = replay_steady_state(plan, profiles, workload, rng=np.random.default_rng(0))
+            points.append(
+                Point(
+                    workflow=name,
+                    load=load,
+                    rate_rps=plan.rate_rps,
+                    predicted_s=predicted(plan).latency_s,
+                    replayed_s=replayed.mean_s if replayed else float("nan"),
+                )
+            )
+        points.append(Point(workflow=name, load=None, rate_rps=saturation_rps))
+    return points
+
+
+def predicted(plan: Plan) -> Prediction:
+    """The prediction that every plan made for a workload has."""
+    assert plan.prediction is not None
+    return plan.prediction
+
+
+async def measure(url: str, points: Sequence[Point], begun_s: float) -> None:
+    """Rounds of every point and seed. Seeds are the outer loop: a point's rounds then lie minutes apart."""
+    print(
+        f"{'workflow':>16} {'load':>5} {'rate/s':>7} {'seed':>4} {'predicted':>10} {'measured':>9} {'others':>7} {'slower':>7}"
+    )
+    async with client() as session:
+        for workflow in WORKFLOWS:
+            await asyncio.gather(*(execute(session, url, workflow, f"warm-up {number}") for number in range(8)))
+        quickest = probe_s()
+        for seed in SEEDS:
+            for point in points:
+                for _ in range(1 + REPEATS):
+                    with watched() as disturbance:
+                        latencies_s, finished_rps = await one_round(session, url, point, seed)
+                    took = probe_s()
+                    slower = max(now / best for now, best in zip(took, quickest, strict=True)) - 1
+                    quickest = [min(pair) for pair in zip(took, quickest, strict=True)]
+                    found = Round(
+                        seed=seed,
+                        latencies_s=latencies_s,
+                        finished_rps=finished_rps,
+                        others=disturbance.others,
+                        slower=slower,
+                    )
+                    point.rounds.append(found)
+                    show(point, found)
+                    if not found.disturbed or time.perf_counter() - begun_s > BUDGET_S:
+                        break
+
+
+async def one_round(
+    session: aiohttp.ClientSession, url: str, point: Point, seed: int
+) -> tuple[tuple[float, ...], float]:
+    """Latencies of the executions that count, and how many were finished per second."""
+    finished: list[tuple[float, float]] = []
+    begun_s = time.perf_counter()
+
+    async def one(number: int) -> None:
+        sent_s = time.perf_counter() - begun_s
+        await execute(session, url, point.workflow, f"{point.load} {seed} {number}")
+        finished.append((sent_s, time.perf_counter() - begun_s))
+
+    async def again_and_again(first: int) -> None:
+        for number in range(first, sys.maxsize, SATURATED):
+            await one(number)
+
+    if point.load is None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(SATURATION_S):
+                await asyncio.gather(*(again_and_again(number) for number in range(SATURATED)))
+        # Nothing of it may be left when the next round begins.
+        await asyncio.sleep(TAIL_S)
+        counted = [done_s for _, done_s in finished if done_s > 2 * LEAD_S]
+        return (), len(counted) / (SATURATION_S - 2 * LEAD_S)
+    # As many as the rate says, at times drawn evenly: Poisson arrivals whose number is known.
+    rng = random.Random(f"{point.workflow} {point.load} {seed}")
+    arrivals_s = sorted(rng.uniform(0, ROUND_S) for _ in range(round(point.rate_rps * ROUND_S)))
+    async with asyncio.TaskGroup() as group:
+        for number, at_s in enumerate(arrivals_s):
+            await asyncio.sleep(max(0.0, begun_s + at_s - time.perf_counter()))
+            group.create_task(one(number))
+    counted = [(sent_s, done_s) for sent_s, done_s in finished if LEAD_S < sent_s < ROUND_S - TAIL_S]
+    return tuple(done_s - sent_s for sent_s, done_s in counted), len(finished) / ROUND_S
+
+
+async def execute(session: aiohttp.ClientSession, url: str, workflow: str, name: str) -> None:
+    """One execution; the same name asks for the same. Raises RuntimeError where an answer is not what was asked for."""
+    rng = random.Random(f"{workflow} {name}")
+    headers = {WORKFLOW_HEADER: workflow, EXECUTION_HEADER: f"{workflow} {name}"}
+
+    async def call(llm: str, prompt_tokens: int, output_tokens: int) -> None:
+        body = {"model": llm, "prompt": rng.choices(TOKENS, k=prompt_tokens), "max_tokens": output_tokens}
+        body |= {"min_tokens": output_tokens, "ignore_eos": True, "temperature": 0}
+        async with session.post(f"{url}/completions", json=body, headers=headers) as response:
+            answer = await response.json()
+        if response.status != 200 or answer["usage"]["completion_tokens"] != output_tokens:
+            raise RuntimeError(f"{llm} answered {response.status}: {str(answer)[:300]}")
+
+    await WORKFLOWS[workflow](call, rng)
+
+
+def client() -> aiohttp.ClientSession:
+    """Without a limit on connections: nothing waits here."""
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=300))
+
+
+def show(point: Point, found: Round) -> None:
+    """A line for one round."""
+    if point.load is None:
+        load, expected, seen = "full", f"{point.rate_rps:.3f}/s", f"{found.finished_rps:.3f}/s"
+    else:
+        load, expected = f"{point.load:.0%}", f"{point.predicted_s:.3f} s"
+        seen = f"{statistics.mean(found.latencies_s):.3f} s"
+    print(
+        f"{point.workflow:>16} {load:>5} {point.rate_rps:>7.3f} {found.seed:>4} {expected:>10} {seen:>9} "
+        f"{found.others:>7.1%} {found.slower:>7.1%}{'  disturbed' if found.disturbed else ''}",
+        flush=True,
+    )
+
+
+def judge(points: Sequence[Point], figures: Mapping[str, object], left: int) -> int:
+    """Print each point over all of its seeds, and the bounds."""
+    print(
+        f"\n{'workflow':>16} {'load':>5} {'runs':>5} {'predicted':>9} {'replayed':>9} {'measured':>9} {'error':>7} "
+        f"{'spread':>7}"
+    )
+    for point in points:
+        load = "full" if point.load is None else f"{point.load:.0%}"
+        runs = sum(len(one.latencies_s) for one in point.counted)
+        expected = point.rate_rps if point.load is None else point.predicted_s
+        print(
+            f"{point.workflow:>16} {load:>5} {runs:>5} {expected:>9.3f} {point.replayed_s:>9.3f} {point.measured:>9.3f} "
+            f"{point.error:>+7.1%} {point.spread:>7.1%}"
+        )
+    latencies = [point for point in points if point.load is not None]
+    saturations = [point for point in points if point.load is None]
+    rounds = [one for point in points for one in point.rounds]
+    counted = [one for point in points for one in point.counted]
+    print(
+        f"{len(rounds)} rounds, {sum(one.disturbed for one in rounds)} disturbed, of which "
+        f"{sum(one.disturbed for one in counted)} had to count; others took "
+        f"{statistics.mean(one.others for one in counted):.1%} of the cores in those that count, at most "
+        f"{max(one.others for one in counted):.1%}; a core was slower by at most {max(one.slower for one in counted):.1%}"
+    )
+    bounds = [
+        Bound(
+            name="mean error of the mean latency",
+            value=statistics.mean(abs(point.error) for point in latencies),
+            at_most=0.10,
+        ),
+        Bound(
+            name="mean error of the saturation rate",
+            value=statistics.mean(abs(point.error) for point in saturations),
+            at_most=0.10,
+        ),
+        Bound(
+            name="executions measured below 70 % load",
+            value=sum(len(one.latencies_s) for point in latencies for one in point.counted),
+            at_least=200,
+        ),
+        Bound(name="processes left", value=left, at_most=0),
+    ]
+    rows = [
+        {"workflow": point.workflow, "load": point.load, "rate_rps": point.rate_rps, "error": point.error}
+        | {"predicted_s": point.predicted_s, "replayed_s": point.replayed_s, "measured": point.measured}
+        | {"spread": point.spread, "disturbed_rounds": sum(one.disturbed for one in point.rounds)}
+        for point in points
+    ]
+    return finish("vllm_accuracy", bounds, {**figures, "points": rows})
+
+
+def tell(begun_s: float, text: str) -> None:
+    """Where it is, and since when."""
+    print(f"[{time.perf_counter() - begun_s:5.0f} s] {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
