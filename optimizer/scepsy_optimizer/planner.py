@@ -17,6 +17,7 @@ from scepsy_optimizer.allocation import (
     group_loads,
 )
 from scepsy_optimizer.cluster import Cluster
+from scepsy_optimizer.colocation import calls_between
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.infeasible import explain_no_plan
 from scepsy_optimizer.pipeline import build_pipeline, workflow_latencies_s
@@ -276,7 +277,8 @@ def _build(
     spread: bool = False,
 ) -> Plan | None:
     """Place the options and predict; None where they cannot be placed."""
-    slots = place({llm: option.groups for llm, option in options.items()}, cluster, spread=spread)
+    calls = calls_between(workload) if len(cluster.nodes) > 1 else None
+    slots = place({llm: option.groups for llm, option in options.items()}, cluster, calls=calls, spread=spread)
     if slots is None:
         return None
     speeds = {llm: option.speed for llm, option in options.items()}
