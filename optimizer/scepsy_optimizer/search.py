@@ -1,37 +1,35 @@
-"""The search: which option each LLM gets, so that the mean latency is least within the cluster's devices.
+"""The search: which groups each LLM gets, so that the mean latency is least within the cluster's devices.
 
-For one pipeline (one linearisation of the mean makespan) the problem is a multiple-choice knapsack, which is solved
-exactly. The true mean makespan is at least every pipeline, hence at least every weighted mean of pipelines, which is a
-pipeline itself: its best allocation bounds the optimum from below. The search builds a pipeline at each allocation that
-it finds and solves for the newest while that helps; then it weighs all so that the bound rises (the weights of a
-matrix game between pipelines and allocations: the Lagrangian dual of minimising their maximum), until bound and best
-allocation meet, or neither moves.
+The true mean makespan is at least every tangent to it (a pipeline). For one tangent the problem is a multiple-choice
+knapsack, which is solved exactly; that is all where the critical path does not move. Where it moves, the executions are
+put into groups, each group keeps all of its tangents, and the choice that minimises the sum of the groups' largest
+tangents is found by branch and bound (`branching.py`), until the bound and the best choice meet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from scepsy_optimizer.allocation import (
     MAX_UTILISATION,
     UNITS_PER_DEVICE,
     Floats,
-    Groups,
     Option,
     OptionTable,
     evaluate_groups,
     table_of,
 )
+from scepsy_optimizer.branching import minimise
 from scepsy_optimizer.cluster import Cluster
 from scepsy_optimizer.errors import ScepsyError
-from scepsy_optimizer.knapsack import solve
+from scepsy_optimizer.makespans import Makespans
+from scepsy_optimizer.master import Problem
 from scepsy_optimizer.options import capacity_by_units, list_options, make_offer
-from scepsy_optimizer.pipeline import Pipeline, Stage, build_pipeline
 from scepsy_optimizer.profile import LLMProfile, Profiles, profiles_of
-from scepsy_optimizer.replica import CallSpeed
 from scepsy_optimizer.requirements import (
     NO_REQUIREMENTS,
     LLMRequirements,
@@ -39,18 +37,18 @@ from scepsy_optimizer.requirements import (
     admitted_rows,
     allowed_types,
     max_units_of,
+    objective_weights,
 )
 from scepsy_optimizer.workload import LLMDemand, Workload
 
-_MAX_CUTS = 40
-_MAX_IDLE = 5
 _GAP_GOAL = 1e-4
-_GAME_ROUNDS = 2000
+_MAX_GROUPS = 10
+_KEPT_CANDIDATES = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """An option for each LLM, and the mean latency that they give together."""
+    """An option for each LLM, and the mean latency that they give together, workflows weighted as required."""
 
     options: Mapping[str, Option]
     latency_s: float
@@ -58,7 +56,10 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Allocation:
-    """The candidates that the search met, best first, and a proven lower bound on the latency of any allocation."""
+    """The best candidates that the search met, best first, and a proven lower bound on the latency of any allocation.
+
+    The bound is for what is minimised: the mean latency, workflows weighted as required.
+    """
 
     candidates: tuple[Candidate, ...]
     lower_bound_s: float
@@ -86,7 +87,8 @@ def find_allocation(
 ) -> Allocation | None:
     """The allocation of least mean latency at `rate_rps` executions per second on the cluster.
 
-    With `max_units` it takes at most that many tenths of a device, of all device types together. Returns None where
+    The requirements weigh the workflows in that mean, limit the mean latency of each, and what each LLM may get. With
+    `max_units` it takes at most that many tenths of a device, of all device types together. Returns None where
     no allocation carries the rate within the requirements. Raises ScepsyError for a rate that is not positive or an
     LLM without a profile.
     """
@@ -102,38 +104,85 @@ def find_allocation(
     )
     if tables is None:
         return None
-    units = budget_units(cluster, max_units)
-    pipelines = [build_pipeline(workload)]
-    pipeline = pipelines[0]
-    bound_s = 0.0
-    met: list[Candidate] = []
-    speeds: dict[tuple[Groups, ...], dict[str, CallSpeed]] = {}
-    idle = 0
-    for _ in range(_MAX_CUTS):
-        found = _solve(pipeline, tables, units)
-        if found is None:
-            return None
-        chosen, linear_s = found
-        idle = 0 if linear_s > bound_s * (1 + _GAP_GOAL) else idle + 1
-        bound_s = max(bound_s, linear_s)
-        key = tuple(option.groups for option in chosen.values())
-        new = key not in speeds
-        if new:
-            speeds[key] = {llm: option.speed for llm, option in chosen.items()}
-            pipelines.append(build_pipeline(workload, speeds[key]))
-            latency_s = pipelines[-1].built_latency_s
-            if all(latency_s < candidate.latency_s for candidate in met):
-                idle = 0
-            met.append(Candidate(options=chosen, latency_s=latency_s))
-            met.sort(key=lambda candidate: candidate.latency_s)
-        if bound_s >= met[0].latency_s * (1 - _GAP_GOAL) or idle >= _MAX_IDLE:
-            break
-        if new and idle == 0:
-            pipeline = pipelines[-1]
-        else:
-            values = np.array([[cut.latency_s(speed) for speed in speeds.values()] for cut in pipelines])
-            pipeline = _blend(pipelines, _maximin(values))
-    return Allocation(candidates=tuple(met), lower_bound_s=min(bound_s, met[0].latency_s))
+    makespans = Makespans(workload)
+    groups = _group(workload, requirements)
+    offered = [tables[llm] for llm in makespans.llms]
+    types = cluster.device_types if len(cluster.device_types) > 1 else ("",)
+    units = [np.column_stack([table.units_of(name) for name in types]) for table in offered]
+    limits = [cluster.devices_of(name) * UNITS_PER_DEVICE for name in cluster.device_types]
+    whole = budget_units(cluster, max_units)
+    if len(limits) == 1:
+        limits = [whole]
+    elif whole < sum(limits):
+        units = [np.column_stack([columns, columns.sum(axis=1)]) for columns in units]
+        limits.append(whole)
+    problem = Problem(
+        speeds=[table.speeds for table in offered],
+        units=units,
+        budgets=np.array(limits),
+        group_weights=groups.weights,
+        limited=groups.limited,
+        limits_s=groups.limits_s,
+        scale_s=workload.latency_s,
+    )
+
+    def retime(speeds: Floats) -> tuple[Floats, Floats, Floats]:
+        found = makespans.tangents(speeds)
+        coefficients: Floats = np.tensordot(groups.members, found.coefficients, 1)
+        return groups.members @ found.makespans_s, groups.members @ found.fixed_s, coefficients
+
+    found = minimise(problem, retime, gap=_GAP_GOAL)
+    if not found.choices:
+        return None
+    candidates = tuple(
+        Candidate(
+            options={llm: table.option(row) for llm, table, row in zip(makespans.llms, offered, rows, strict=True)},
+            latency_s=latency_s,
+        )
+        for latency_s, rows in found.choices[:_KEPT_CANDIDATES]
+    )
+    return Allocation(candidates=candidates, lower_bound_s=found.lower_bound_s)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Groups:
+    """Executions in groups, each of one workflow.
+
+    `members[g, e]` is what execution e counts in group g, so that the groups of a workflow add up to its mean makespan;
+    `weights[g]` what a group counts in the objective; `limited` has a row for each limit, with its workflow's groups.
+    """
+
+    members: Floats
+    weights: Floats
+    limited: NDArray[np.bool_]
+    limits_s: Floats
+
+
+def _group(workload: Workload, requirements: Requirements) -> _Groups:
+    """Several groups for each workflow: the sum of their bounds is tighter than one bound on the whole."""
+    objective = np.array(objective_weights(workload, requirements))
+    load = np.array(workload.weights)
+    by_workflow: dict[str, list[int]] = {}
+    for number, timeline in enumerate(workload.timelines):
+        by_workflow.setdefault(timeline.workflow, []).append(number)
+    each = max(1, _MAX_GROUPS // len(by_workflow))
+    names, weights, members = [], [], []
+    for workflow, numbers in by_workflow.items():
+        mean = load[numbers] / load[numbers].sum()
+        for first in range(min(each, len(numbers))):
+            row = np.zeros(len(load))
+            row[numbers[first::each]] = mean[first::each]
+            members.append(row)
+            names.append(workflow)
+            weights.append(float(objective[numbers].sum()))
+    limits_s = requirements.latency_limits_s
+    limited = [[name == workflow for name in names] for workflow in limits_s]
+    return _Groups(
+        members=np.array(members),
+        weights=np.array(weights),
+        limited=np.array(limited, dtype=bool).reshape(len(limits_s), len(names)),
+        limits_s=np.array(list(limits_s.values()), dtype=float),
+    )
 
 
 def list_tables(
@@ -173,57 +222,6 @@ def list_tables(
         )
         tables[demand.llm] = table.select(admitted_rows(required, cluster, replicas=table.replicas, units=table.units))
     return tables
-
-
-def _maximin(values: Floats) -> Floats:
-    """Weights of the rows for which the least weighted mean over the columns is greatest, nearly.
-
-    Multiplicative weights (Freund and Schapire, 1999): rows gain where the column that answers best pays more. Any
-    weights give a valid bound, so nearly is enough.
-    """
-    spread = float(values.max() - values.min())
-    scaled = (values - values.min()) / spread if spread > 0 else np.zeros_like(values)
-    logs = np.zeros(len(values))
-    mean = np.zeros(len(values))
-    rate = np.sqrt(8 * np.log(max(2, len(values))) / _GAME_ROUNDS)
-    for _ in range(_GAME_ROUNDS):
-        weights = np.exp(logs - logs.max())
-        weights /= weights.sum()
-        mean += weights / _GAME_ROUNDS
-        logs += rate * scaled[:, int(np.argmin(weights @ scaled))]
-    return mean
-
-
-def _blend(pipelines: Sequence[Pipeline], weights: Floats) -> Pipeline:
-    """The weighted mean of pipelines over the same LLMs; it bounds from below whatever each of them does."""
-    stages = tuple(
-        Stage(
-            llm=column[0].llm,
-            calls=float(weights @ np.array([stage.calls for stage in column])),
-            input_tokens=float(weights @ np.array([stage.input_tokens for stage in column])),
-            output_tokens=float(weights @ np.array([stage.output_tokens for stage in column])),
-        )
-        for column in zip(*(pipeline.stages for pipeline in pipelines), strict=True)
-    )
-    return Pipeline(
-        stages=stages,
-        fixed_s=float(weights @ np.array([pipeline.fixed_s for pipeline in pipelines])),
-        built_latency_s=float(weights @ np.array([pipeline.built_latency_s for pipeline in pipelines])),
-    )
-
-
-def _solve(pipeline: Pipeline, tables: Mapping[str, OptionTable], units: int) -> tuple[dict[str, Option], float] | None:
-    """The option of each LLM that minimises the pipeline's latency within the units, and that latency; exact."""
-    offered = [tables[stage.llm] for stage in pipeline.stages]
-    costs = [
-        table.speeds @ np.array([stage.calls, stage.input_tokens, stage.output_tokens])
-        for stage, table in zip(pipeline.stages, offered, strict=True)
-    ]
-    packing = solve([table.units for table in offered], costs, units)
-    if packing is None:
-        return None
-    chosen = zip(pipeline.stages, offered, packing.rows, strict=True)
-    return {stage.llm: table.option(row) for stage, table, row in chosen}, packing.cost + pipeline.fixed_s
 
 
 def highest_rate(
@@ -293,7 +291,7 @@ def _unit_need(
     """The fewest units that carry a rate of calls, as a function of that rate; infinite where nothing does."""
     offered = _offered_profiles(profiles, demand.llm, cluster, required)
     if required.fixed:
-        option = evaluate_groups(demand, offered, required.fixed, calls_rps=0.0, max_utilisation=max_utilisation)
+        option = evaluate_groups(demand, offered, required.fixed, calls_rps=1e-9, max_utilisation=max_utilisation)
         return lambda calls_rps: option.units if calls_rps <= option.max_rps * (1 + 1e-9) else float("inf")
     most_rps = capacity_by_units(
         make_offer(demand, offered, cluster),
