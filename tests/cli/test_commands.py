@@ -203,7 +203,8 @@ def test_help_names_every_command(capsys):
     assert ended.value.code == 0
     shown = capsys.readouterr().out
     assert all(
-        name in shown for name in ("demo", "collect", "report", "profile", "optimize", "deploy", "status", "stop")
+        name in shown
+        for name in ("demo", "collect", "report", "profile", "optimize", "plan", "deploy", "status", "stop")
     )
 
 

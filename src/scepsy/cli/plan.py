@@ -1,0 +1,74 @@
+"""`scepsy plan`: show a plan file, or what would change from one to another."""
+
+from __future__ import annotations
+
+import argparse
+
+from rich.console import Console
+
+from scepsy.files import load_plan
+from scepsy.report.tables import plan_table
+from scepsy_optimizer.moves import Moves, describe_moves, plan_moves
+from scepsy_optimizer.placement import check_placement
+from scepsy_optimizer.plan import Plan
+
+HELP = "show a plan, or what would change from one to another"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    show = actions.add_parser("show", help="a plan as a table, with what is wrong with its placement")
+    show.add_argument("plan", metavar="PLAN", help="plan file, as scepsy optimize writes it")
+    diff = actions.add_parser("diff", help="which replicas stay, start and stop from a running plan to a new one")
+    diff.add_argument("old", metavar="OLD", help="plan file of what runs")
+    diff.add_argument("new", metavar="NEW", help="plan file of what is to run")
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    """Print; the exit code of `show` is 1 where the plan cannot be placed as it says."""
+    if args.action == "show":
+        return _show(load_plan(args.plan), console)
+    old, new = load_plan(args.old), load_plan(args.new)
+    moves = plan_moves(old, new)
+    for line in (*describe_moves(moves), *describe_totals(moves), *describe_change(old, new)):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    return 0
+
+
+def _show(plan: Plan, console: Console) -> int:
+    console.print(plan_table(plan))
+    for part in plan.llms:
+        places = "; ".join(f"{slot.node}: {','.join(map(str, slot.devices))}" for slot in part.slots)
+        whole = f"tensor_parallel_size {part.tensor_parallel_size}"
+        size = f"{part.fraction:g} of a device" if part.fraction < 1 else whole
+        console.print(f"{part.llm} ({size}) on {places}", soft_wrap=True, markup=False, highlight=False)
+    wrong = check_placement(plan)
+    for line in wrong:
+        console.print(f"wrong: {line}", soft_wrap=True, markup=False, highlight=False)
+    return 1 if wrong else 0
+
+
+def describe_totals(moves: Moves) -> list[str]:
+    """How many replicas stay and restart, and who is interrupted."""
+    if not moves.steps:
+        return [f"nothing changes: {len(moves.stay)} replicas stay"]
+    stops = sum(step.action == "stop" for step in moves.steps)
+    lines = [f"{len(moves.stay)} replicas stay, {moves.restarts} start, {stops} stop"]
+    if moves.interrupted:
+        lines.append(
+            f"without any replica for a while: {', '.join(moves.interrupted)}; no order was found that avoids it"
+        )
+    return lines
+
+
+def describe_change(old: Plan, new: Plan) -> list[str]:
+    """What the new plan is predicted to give beside the old one, where both say so."""
+    if old.prediction is None or new.prediction is None:
+        return []
+    before, after = old.prediction, new.prediction
+    return [
+        f"rate {old.rate_rps:g} -> {new.rate_rps:g} executions/s, mean latency {before.latency_s:.3g} -> "
+        f"{after.latency_s:.3g} s, highest rate {before.max_rate_rps:.3g} -> {after.max_rate_rps:.3g}/s, devices "
+        f"{sum(part.device_count for part in old.llms):g} -> {sum(part.device_count for part in new.llms):g}"
+    ]
