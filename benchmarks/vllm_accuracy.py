@@ -59,13 +59,13 @@ WHOLE_CORES = {llm: (Choice(tensor_parallel_size=1, fraction=Fraction(1), replic
 LOADS = (0.25, 0.45, 0.65)
 SEEDS = (1, 2)
 TRACED = 300
-ROUND_S, LEAD_S, TAIL_S = 42.0, 5.0, 3.0
+ROUND_S, LEAD_S, TAIL_S = 36.0, 4.0, 2.0
 """How long executions arrive in a round, and how much of it is not counted: engines fill up and run empty."""
 
-SATURATED, SATURATION_S = 24, 45.0
+SATURATED, SATURATION_S = 24, 40.0
 """Executions in flight at saturation, and for how long."""
 
-PROFILE_OPTIONS = ("--requests", "20", "--max-num-seqs", "8", "--max-num-batched-tokens", "1024")
+PROFILE_OPTIONS = ("--requests", "16", "--max-num-seqs", "8", "--max-num-batched-tokens", "1024")
 PROFILE_OPTIONS += ("--max-model-len", "1024")
 # Ids that are plain text in the models' vocabulary.
 TOKENS = range(10, 200)
@@ -73,8 +73,8 @@ EXECUTION_HEADER = CONVERSATION_HEADERS[0]
 # A round is disturbed when others take more of the cores than this, or when a core computes that much slower.
 OTHERS, SLOWER = 0.03, 0.06
 REPEATS = 2
-BUDGET_S = 18 * 60
-"""After this nothing is repeated any more."""
+BUDGET_S = 17 * 60
+"""After this no round is repeated any more."""
 
 Call = Callable[[str, int, int], Awaitable[None]]
 
@@ -248,7 +248,8 @@ def predicted(plan: Plan) -> Prediction:
 async def measure(url: str, points: Sequence[Point], begun_s: float) -> None:
     """Rounds of every point and seed. Seeds are the outer loop: a point's rounds then lie minutes apart."""
     print(
-        f"{'workflow':>16} {'load':>5} {'rate/s':>7} {'seed':>4} {'predicted':>10} {'measured':>9} {'others':>7} {'slower':>7}"
+        f"{'workflow':>16} {'load':>5} {'rate/s':>7} {'seed':>4} {'predicted':>10} {'measured':>9} {'others':>7} "
+        f"{'slower':>7}"
     )
     async with client() as session:
         for workflow in WORKFLOWS:
@@ -356,18 +357,19 @@ def judge(points: Sequence[Point], figures: Mapping[str, object], left: int) -> 
         runs = sum(len(one.latencies_s) for one in point.counted)
         expected = point.rate_rps if point.load is None else point.predicted_s
         print(
-            f"{point.workflow:>16} {load:>5} {runs:>5} {expected:>9.3f} {point.replayed_s:>9.3f} {point.measured:>9.3f} "
-            f"{point.error:>+7.1%} {point.spread:>7.1%}"
+            f"{point.workflow:>16} {load:>5} {runs:>5} {expected:>9.3f} {point.replayed_s:>9.3f} "
+            f"{point.measured:>9.3f} {point.error:>+7.1%} {point.spread:>7.1%}"
         )
     latencies = [point for point in points if point.load is not None]
     saturations = [point for point in points if point.load is None]
     rounds = [one for point in points for one in point.rounds]
     counted = [one for point in points for one in point.counted]
+    slower = max(one.slower for one in counted)
     print(
         f"{len(rounds)} rounds, {sum(one.disturbed for one in rounds)} disturbed, of which "
         f"{sum(one.disturbed for one in counted)} had to count; others took "
         f"{statistics.mean(one.others for one in counted):.1%} of the cores in those that count, at most "
-        f"{max(one.others for one in counted):.1%}; a core was slower by at most {max(one.slower for one in counted):.1%}"
+        f"{max(one.others for one in counted):.1%}; a core was slower by at most {slower:.1%}"
     )
     bounds = [
         Bound(

@@ -15,8 +15,8 @@ from scepsy.profiling import (
     shipped_profiles,
     traced_lengths,
 )
-from scepsy.profiling.arrivals import LoadPlan, left_out_errors, three_shapes
-from scepsy.profiling.calibrating import Correction, ServingPoint, corrected
+from scepsy.profiling.arrivals import LoadPlan, three_shapes
+from scepsy.profiling.calibrating import Correction, ServingPoint, calibrate, corrected, left_out_errors
 from scepsy.profiling.engines import fit_slowdown, joined
 from scepsy.profiling.probing import DecodePoint, PrefillPoint
 from scepsy.profiling.serving import Load, predict_response
@@ -171,9 +171,13 @@ def test_points_left_out_tell_the_error_of_the_rest():
             seen = predict_response(true, 1, load)
             noisy = replace(seen, per_token_s=seen.per_token_s * rng.uniform(0.98, 1.02))
             points.append(ServingPoint(tensor_parallel_size=1, load=load, measured=noisy))
-    errors = [abs(error) for error in left_out_errors(GENERATOR, points)]
+    errors = left_out_errors(GENERATOR, points)
     assert len(errors) == 9
-    assert sum(errors) / 9 < 0.03
+    assert sum(abs(error) for error in errors) / 9 < 0.03
+    # As fitting again without one of them says.
+    left = predict_response(calibrate(GENERATOR, [*points[:4], *points[5:]]), 1, points[4].load)
+    tokens = points[4].load.output_tokens
+    assert errors[4] == pytest.approx(left.call_s(tokens) / points[4].measured.call_s(tokens) - 1, abs=0.002)
 
 
 def test_flags_are_what_the_engine_is_started_with():

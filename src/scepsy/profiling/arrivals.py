@@ -14,15 +14,14 @@ import time
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import isfinite
 from typing import TypeVar
 
-from scepsy.profiling.calibrating import ServingPoint, calibrate
+from scepsy.profiling.calibrating import ServingPoint
 from scepsy.profiling.endpoint import Endpoint, Timing
 from scepsy.profiling.journal import Journal
 from scepsy.profiling.probing import kept
 from scepsy.profiling.progress import Work
-from scepsy.profiling.serving import Load, Response, predict_response
+from scepsy.profiling.serving import Load, Response
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.executions import Execution
 from scepsy_optimizer.profile import LLMProfile
@@ -145,21 +144,6 @@ async def measure_loads(
     found, took_s = await kept(journal, "load full", measure)
     work.finish(_key(engine, "full"), f"full: {found['rate_rps']:.3g} requests/s", took_s=took_s)
     return Measured(points=tuple(points), full_shape=_shape(found), full_rps=found["rate_rps"])
-
-
-def left_out_errors(profile: LLMProfile, points: Sequence[ServingPoint]) -> list[float]:
-    """Relative errors of whole calls at each point, by the profile that the other points calibrate.
-
-    Where that profile would not carry the load, the error is 1.
-    """
-    errors = []
-    for index, point in enumerate(points):
-        others = [other for number, other in enumerate(points) if number != index]
-        guess = predict_response(calibrate(profile, others), point.tensor_parallel_size, point.load)
-        tokens = point.load.output_tokens
-        error = guess.call_s(tokens) / point.measured.call_s(tokens) - 1
-        errors.append(error if isfinite(error) else 1.0)
-    return errors
 
 
 def _key(engine: str, *what: object) -> str:

@@ -30,6 +30,8 @@ _PER_TOKEN_NOISE = 0.05
 _SATURATED = 100.0
 _ITERATIONS = 12
 _HALVINGS = 8
+# A step so much smaller than the priors changes nothing that could be seen.
+_CLOSE_ENOUGH = 0.01
 _DIFFERENCE = np.array([0.01, 0.01, 1e-5, 1e-4])
 
 
@@ -64,6 +66,43 @@ def calibrate(profile: LLMProfile, points: Sequence[ServingPoint]) -> LLMProfile
 
 def fit_correction(profile: LLMProfile, points: Sequence[ServingPoint]) -> Correction:
     """The most probable correction, given the points and the priors. Raises ScepsyError as `calibrate`."""
+    return _correction(profile, _fit(profile, points).theta)
+
+
+def left_out_errors(profile: LLMProfile, points: Sequence[ServingPoint]) -> list[float]:
+    """Relative errors of whole calls at each point, by the profile that the other points calibrate.
+
+    Not fitted again for each: near the optimum the prediction is linear in the correction, and then what is left of a
+    point's own errors e is (1 - H)^-1 e, with H the point's block of the fit's hat matrix. Raises ScepsyError as
+    `calibrate`.
+    """
+    fit = _fit(profile, points)
+    normal = fit.slopes.T @ fit.slopes + np.diag(fit.prior**-2)
+    errors = []
+    for number, point in enumerate(points):
+        rows = slice(2 * number, 2 * number + 2)
+        hat = fit.slopes[rows] @ np.linalg.solve(normal, fit.slopes[rows].T)
+        first, per_token = np.linalg.solve(np.eye(2) - hat, fit.errors[rows])
+        guess = Response(
+            first_token_s=point.measured.first_token_s * np.exp(first * _FIRST_TOKEN_NOISE),
+            per_token_s=point.measured.per_token_s * np.exp(per_token * _PER_TOKEN_NOISE),
+        )
+        tokens = point.load.output_tokens
+        errors.append(float(guess.call_s(tokens) / point.measured.call_s(tokens) - 1))
+    return errors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Fit:
+    """The optimum, its errors (two of each point) and their slopes in it, and the priors."""
+
+    theta: Array
+    errors: Array
+    slopes: Array
+    prior: Array
+
+
+def _fit(profile: LLMProfile, points: Sequence[ServingPoint]) -> _Fit:
     prior = _PRIOR_MEASURED if profile.provenance.source == "measured" else _PRIOR_ESTIMATED
     theta = np.zeros(4)
     error = _errors(profile, points, theta)
@@ -71,11 +110,7 @@ def fit_correction(profile: LLMProfile, points: Sequence[ServingPoint]) -> Corre
         if own[0] >= _SATURATED:
             raise ScepsyError(f"{profile.llm!r} cannot serve {point.load}: it is beyond what the profile carries")
     for _ in range(_ITERATIONS):
-        slopes = np.empty((error.size, 4))
-        for index, difference in enumerate(_DIFFERENCE):
-            moved = theta.copy()
-            moved[index] += difference
-            slopes[:, index] = (_errors(profile, points, moved) - error) / difference
+        slopes = _slopes(profile, points, theta, error)
         step = np.linalg.solve(slopes.T @ slopes + np.diag(prior**-2), slopes.T @ error + theta / prior**2)
         step = np.clip(step, -prior, prior)
         # Halved until it improves: a whole step may lead to where a measured load would saturate.
@@ -87,9 +122,18 @@ def fit_correction(profile: LLMProfile, points: Sequence[ServingPoint]) -> Corre
         else:
             break
         theta, error = theta - step, tried
-        if np.all(np.abs(step) < 1e-3 * prior):
+        if np.all(np.abs(step) < _CLOSE_ENOUGH * prior):
             break
-    return _correction(profile, theta)
+    return _Fit(theta=theta, errors=error, slopes=slopes, prior=prior)
+
+
+def _slopes(profile: LLMProfile, points: Sequence[ServingPoint], theta: Array, error: Array) -> Array:
+    slopes = np.empty((error.size, theta.size))
+    for index, difference in enumerate(_DIFFERENCE):
+        moved = theta.copy()
+        moved[index] += difference
+        slopes[:, index] = (_errors(profile, points, moved) - error) / difference
+    return slopes
 
 
 def _cost(error: Array, deviations: Array) -> float:

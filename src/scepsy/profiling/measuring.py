@@ -13,11 +13,10 @@ from pathlib import Path
 from scepsy.profiling.arrivals import (
     Lengths,
     LoadPlan,
-    left_out_errors,
     measure_loads,
     three_shapes,
 )
-from scepsy.profiling.calibrating import calibrate
+from scepsy.profiling.calibrating import calibrate, left_out_errors
 from scepsy.profiling.checkpoint import find_checkpoint
 from scepsy.profiling.endpoint import Endpoint, EngineFacts, open_endpoint
 from scepsy.profiling.fitting import fit_steps
