@@ -8,7 +8,7 @@ from scepsy_optimizer.allocation import MAX_UTILISATION
 from scepsy_optimizer.cluster import Cluster, Node
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.plan import Plan
-from scepsy_optimizer.planner import optimize
+from scepsy_optimizer.planner import keep_in_place, optimize
 from scepsy_optimizer.profile import Profiles
 from scepsy_optimizer.requirements import NO_REQUIREMENTS, Requirements
 from scepsy_optimizer.search import highest_rate
@@ -21,8 +21,9 @@ _LARGEST_NODE = 8
 class WhatIf:
     """The same question with one device of a type more (`change` 1) or less (-1), or with the cluster as it is (0).
 
-    `plan` is the best plan at the old plan's rate, None where that is out of reach then, for the `reason` given.
-    `highest_rate_rps` is what the changed cluster carries at all, 0 where the LLMs do not fit into it.
+    `plan` is the best plan at the old plan's rate, with what that one has left in place where it can be; None where
+    the rate is out of reach then, for the `reason` given. `highest_rate_rps` is what the changed cluster carries at
+    all, 0 where the LLMs do not fit into it.
     """
 
     device_type: str
@@ -65,6 +66,7 @@ def what_if(
                 max_utilisation=max_utilisation,
                 requirements=requirements,
             )
+            best = keep_in_place(best, plan)
         except ScepsyError as error:
             reason = str(error)
         found.append(WhatIf(device_type=device_type, change=change, highest_rate_rps=rate, plan=best, reason=reason))

@@ -16,6 +16,7 @@ from scepsy_optimizer.allocation import MAX_UTILISATION
 from scepsy_optimizer.cluster import Cluster
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.frontier import FrontierPoint, find_frontier
+from scepsy_optimizer.next_device import NextDevice, next_device
 from scepsy_optimizer.plan import Plan
 from scepsy_optimizer.planner import keep_in_place, with_replay
 from scepsy_optimizer.planner import optimize as optimize_workload
@@ -158,14 +159,15 @@ class Question:
 class Answer:
     """A plan and what is to be said about it.
 
-    `robustness` where a quantile was asked for, `shares` where several workflows share the plan, `changes` where one
-    device more and less was asked about.
+    `robustness` where a quantile was asked for, `shares` where several workflows share the plan, `changes` (one device
+    more or less) and `next_devices` (one device more for an LLM) where that was asked about.
     """
 
     plan: Plan
     robustness: Robustness | None = None
     shares: tuple[WorkflowShare, ...] = ()
     changes: tuple[WhatIf, ...] = ()
+    next_devices: tuple[NextDevice, ...] = ()
 
 
 def prepare(
@@ -246,6 +248,7 @@ def answer(
         changes=ask_what_if(question.workload, question.profiles, plan, requirements=question.requirements, **common)
         if what_if
         else (),
+        next_devices=next_device(question.workload, question.profiles, plan, **common) if what_if else (),
     )
 
 

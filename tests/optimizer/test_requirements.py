@@ -127,6 +127,39 @@ def test_the_highest_rate_under_requirements_is_just_feasible(workload, profiles
     assert find_allocation(workload, profiles, CLUSTER, rate_rps=rate * 1.001, requirements=requirements) is None
 
 
+def test_weights_choose_and_limits_bind(make_execution, make_profile):
+    """Two workflows with an LLM each share three devices: what one gets the other lacks."""
+    workload = aggregate(
+        [make_execution(f"{name}{n}", [(name, 0, 3), (name, 3, 5)], workflow=name) for name in "ab" for n in range(3)]
+    )
+    profiles = {llm: make_profile(llm, sizes=(1, 2)) for llm in "ab"}
+
+    def latencies(**workflows):
+        requirements = Requirements(workflows=workflows)
+        plan = optimize(workload, profiles, CLUSTER, rate_rps=1.0, requirements=requirements)
+        assert check_requirements(plan, requirements) == []
+        prediction = plan.prediction
+        weights = {name: workflows[name].weight if name in workflows else 1 for name in "ab"}
+        weighted_s = sum(weights[name] * prediction.workflow_latency_s[name] for name in "ab") / sum(weights.values())
+        if prediction.objective_s is not None:
+            assert prediction.objective_s == pytest.approx(weighted_s)
+        assert prediction.lower_bound_s <= weighted_s + 1e-9
+        assert prediction.gap <= 1e-3
+        return prediction.workflow_latency_s
+
+    for_a = latencies(a=WorkflowRequirements(weight=5))
+    for_b = latencies(b=WorkflowRequirements(weight=5))
+    assert for_a["a"] == pytest.approx(for_b["b"])
+    assert for_a["a"] < for_b["a"]
+    limited = latencies(a=WorkflowRequirements(weight=5), b=WorkflowRequirements(latency_limit_s=for_b["b"] + 1e-6))
+    assert limited["b"] == pytest.approx(for_b["b"])
+    with pytest.raises(ScepsyError, match=r"of 0.1 s of workflow 'a' is out of reach at 1 executions/s on 3 H100: the"):
+        latencies(a=WorkflowRequirements(latency_limit_s=0.1))
+    both = {name: WorkflowRequirements(latency_limit_s=for_a["a"] + 1e-6) for name in "ab"}
+    with pytest.raises(ScepsyError, match=r"limits of a and b cannot be kept together at 1 .*: raise them by [1-9]"):
+        latencies(**both)
+
+
 def test_an_llm_that_is_kept_stays_while_others_move(workload, profiles, plan):
     requirements = Requirements(llms={"a": kept(plan, "a")})
     for rate in (0.5, 4.0):

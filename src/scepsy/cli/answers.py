@@ -8,9 +8,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from scepsy.report.tables import plain_table, replica_words
+from scepsy_optimizer.allocation import Groups
 from scepsy_optimizer.cluster import Cluster
 from scepsy_optimizer.frontier import FrontierPoint
+from scepsy_optimizer.moves import plan_moves
+from scepsy_optimizer.next_device import NextDevice
 from scepsy_optimizer.plan import Plan
+from scepsy_optimizer.planner import plan_choices
 from scepsy_optimizer.robust import Robustness
 from scepsy_optimizer.sharing import WorkflowShare
 from scepsy_optimizer.what_if import WhatIf
@@ -77,6 +81,35 @@ def changes_table(plan: Plan, changes: Sequence[WhatIf]) -> Table:
     return table
 
 
+def next_devices_table(plan: Plan, found: Sequence[NextDevice]) -> Table:
+    """What one device more would buy each LLM while the others stay as they are."""
+    table = plain_table("the next device, if one LLM got it")
+    table.add_column("LLM", no_wrap=True)
+    for column in ("latency s", "up to /s"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("it would have")
+    several = len(plan.cluster.device_types) > 1
+    now = _groups(plan)
+    for one in found:
+        words = _words(one.groups)
+        table.add_row(
+            escape(f"{one.llm} +1 {one.device_type}" if several else one.llm),
+            _seconds(one.latency_s),
+            f"{one.max_rate_rps:.3g}",
+            "no better use of it" if words == now.get(one.llm) else words,
+        )
+    return table
+
+
+def describe_moves_from(name: str, old: Plan, new: Plan) -> str:
+    """What the way from an old plan to a new one takes, in one line."""
+    moves = plan_moves(old, new)
+    words = f"from {name}: of the replicas {len(moves.stay)} stay, {moves.restarts} start"
+    if moves.interrupted:
+        words += f", which interrupts {', '.join(moves.interrupted)}"
+    return words
+
+
 def describe_robustness(plan: Plan, found: Robustness) -> str:
     """What a robust plan is planned for, what it costs at the traced means, and what it buys, in one line."""
     factors = ", ".join(f"{llm} x{factor:.2f}" for llm, factor in found.factors.items())
@@ -102,15 +135,17 @@ def _describe_change(old: Plan, new: Plan) -> str:
         for llm in dict.fromkeys([*before, *after])
         if before.get(llm) != after.get(llm)
     ]
-    return "; ".join(words) or "nothing"
+    moves = plan_moves(old, new)
+    return f"{'; '.join(words) or 'nothing'} (replicas: {len(moves.stay)} stay, {moves.restarts} start)"
 
 
 def _groups(plan: Plan) -> dict[str, str]:
-    """What each LLM gets, such as "2 x 1 device + 1 x 0.5 device"."""
-    words: dict[str, list[str]] = {}
-    for part in plan.llms:
-        words.setdefault(part.llm, []).append(f"{part.replicas} x {replica_words(part)}")
-    return {llm: " + ".join(sorted(groups)) for llm, groups in words.items()}
+    return {llm: _words(groups) for llm, groups in plan_choices(plan).items()}
+
+
+def _words(groups: Groups) -> str:
+    """What one LLM gets, such as "2 x 1 device + 1 x 0.5 device"."""
+    return " + ".join(sorted(f"{group.replicas} x {replica_words(group)}" for group in groups))
 
 
 def _mean_s(plan: Plan) -> float:

@@ -9,7 +9,14 @@ from pathlib import Path
 from pydantic import TypeAdapter
 from rich.console import Console
 
-from scepsy.cli.answers import changes_table, describe_robustness, frontier_table, shares_table
+from scepsy.cli.answers import (
+    changes_table,
+    describe_moves_from,
+    describe_robustness,
+    frontier_table,
+    next_devices_table,
+    shares_table,
+)
 from scepsy.cli.options import add_profiles, add_traces, parse_models, parse_numbers, parse_rates
 from scepsy.files import load_plan, load_requirements, save_plan
 from scepsy.planning import Answer, Question, answer, prepare, trace_frontier
@@ -120,6 +127,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
         console.print(shares_table(found.shares))
     if found.changes:
         console.print(changes_table(found.plan, found.changes))
+        console.print(next_devices_table(found.plan, found.next_devices))
+    if old is not None:
+        console.print(describe_moves_from(args.plan, old, found.plan), soft_wrap=True, markup=False, highlight=False)
     console.print(f"written to {args.output}; start it with: scepsy deploy {Path(args.output)}", soft_wrap=True)
     return 0
 

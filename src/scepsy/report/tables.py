@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from scepsy.report.summary import executions_needed
+from scepsy_optimizer.allocation import Choice
 from scepsy_optimizer.plan import LLMPlan, Plan
 from scepsy_optimizer.workload import Workload
 
@@ -90,10 +91,10 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
-def replica_words(part: LLMPlan) -> str:
+def replica_words(part: LLMPlan | Choice) -> str:
     """What one replica of a group gets, such as "2 devices", "0.2 device" or "0.2 L40S"."""
     if part.fraction < 1:
-        return f"{part.fraction:g} {part.device_type or 'device'}"
+        return f"{float(part.fraction):g} {part.device_type or 'device'}"
     if part.tensor_parallel_size == 1:
         return f"1 {part.device_type or 'device'}"
     return f"{part.tensor_parallel_size} {part.device_type or 'devices'}"
