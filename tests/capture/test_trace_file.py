@@ -17,6 +17,7 @@ import scepsy
 from scepsy.capture import Recorder
 from scepsy.capture.otlp_json import encode_request
 from scepsy.capture.trace_file import TraceFile
+from scepsy.traces import read_executions
 from scepsy_optimizer.errors import ScepsyError
 
 
@@ -119,6 +120,30 @@ def test_of_other_peoples_spans_only_the_skeleton_is_written():
     with tracer.start_as_current_span("s", attributes={"prompt": "secret"}) as span:
         span.add_event("secret")
     assert b"secret" not in encode_request([span], {})
+
+
+def test_what_lies_below_spans_that_go_elsewhere_is_read_all_the_same(tmp_path):
+    elsewhere = TracerProvider().get_tracer("other")
+
+    @scepsy.agent
+    def inner():
+        pass
+
+    @scepsy.workflow
+    def main():
+        with elsewhere.start_as_current_span("between"):
+            inner()
+
+    scepsy.instrument(directory=tmp_path)
+    main()
+    with elsewhere.start_as_current_span("around"):
+        main()
+    scepsy.uninstrument()
+    reading = read_executions([tmp_path])
+    for execution in reading.executions:
+        assert [span.name for span in execution.spans] == ["invoke_workflow main", "invoke_agent inner"]
+    assert len(reading.executions) == 2
+    assert (reading.dropped, reading.repaired) == ({}, {})
 
 
 def test_files_of_instrumented_programs(tmp_path):

@@ -5,6 +5,7 @@ import time
 import openai
 import pydantic
 import pytest
+import wrapt
 
 import scepsy
 from scepsy import semconv
@@ -133,6 +134,22 @@ async def test_an_async_stream_lasts_to_its_last_piece(recorded, server, aclient
     assert isinstance(stream, openai.AsyncStream)
     assert len([piece async for piece in stream]) >= 5
     assert_streamed(one_call(recorded, server), server.seen[0])
+
+
+def test_a_stream_in_the_proxy_of_another_instrumentation(recorded, server, client, monkeypatch):
+    class Proxy(wrapt.ObjectProxy):
+        def __next__(self):
+            return self.__wrapped__.__next__()
+
+        async def __anext__(self):
+            return await self.__wrapped__.__anext__()
+
+    ask = openai.OpenAI.request.__wrapped__
+    scepsy.uninstrument()
+    monkeypatch.setattr(openai.OpenAI, "request", lambda *args, **kwargs: Proxy(ask(*args, **kwargs)))
+    scepsy.instrument(provider=recorded.provider)
+    assert len(list(client.chat.completions.create(model="pieces", messages=MESSAGES, stream=True))) == 6
+    assert one_call(recorded, server).attributes[semconv.OUTPUT_CHUNKS] == 5
 
 
 def test_a_slow_reader_does_not_lengthen_the_call(recorded, server, client):

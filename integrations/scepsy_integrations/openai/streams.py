@@ -35,9 +35,11 @@ def watch(exchange: Exchange, answer: Any) -> bool:
 def _follow_stream(exchange: Exchange, stream: Any, http: Any) -> None:
     exchange.received(answer=False)
     spoken = Spoken(exchange.handle) if records_content(exchange) else None
-    reader = (_AsyncReader if hasattr(stream, "__anext__") else _Reader)(
+    pieces = stream._iterator  # noqa: SLF001 - the public ways (subclass, proxy) change the type that the program gets
+    # Not by the stream itself: another instrumentation's proxy around it may have both sorts of methods.
+    reader = (_AsyncReader if hasattr(pieces, "__anext__") else _Reader)(
         exchange,
-        stream._iterator,  # noqa: SLF001 - the public ways (subclass, proxy) change the type that the program gets
+        pieces,
         functools.partial(_take_event, exchange, spoken),
         None if spoken is None else spoken.note,
     )

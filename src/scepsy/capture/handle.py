@@ -122,7 +122,7 @@ class Handle:
             identity = self._span.get_span_context()
             self.trace_id, self.span_id = identity.trace_id, identity.span_id
             return
-        if self.outer is None and self.parent is not None:
+        if self.parent is not None:  # whatever lies between goes elsewhere, and would leave a gap
             self.parent.identify()
             self.trace_id, self.parent_id = self.parent.trace_id, self.parent.span_id
         elif self.outer is None:

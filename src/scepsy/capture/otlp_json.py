@@ -15,6 +15,9 @@ from scepsy.capture.handle import Attribute, Handle
 from scepsy.capture.recorder import SCOPE
 
 _INTERNAL, _CLIENT = 1, 3
+_REMOTE_PARENT: Final = 0x300
+_ELSEWHERE: Final = f'"flags":{_REMOTE_PARENT},'
+"""Its parent is not in these files: the span of another process, or of another provider."""
 _FAILED: Final = ',"status":{"code":2}'
 
 
@@ -57,6 +60,8 @@ def _resource(
 def _handle(handle: Handle) -> str:
     # By hand, because this runs for every call beside the program, which wants the interpreter for itself.
     parent = f'"parentSpanId":"{handle.parent_id:016x}",' if handle.parent_id else ""
+    if parent and handle.parent is None:
+        parent += _ELSEWHERE
     kind = _CLIENT if handle.kind == semconv.KIND_LLM else _INTERNAL
     attributes = ",".join([_TEXTS.get(type(value), _any)(key, value) for key, value in handle.attributes.items()])
     return (
@@ -96,6 +101,8 @@ def _span(span: ReadableSpan, *, whole: bool) -> dict[str, Any]:
     }
     if span.parent is not None:
         encoded["parentSpanId"] = f"{span.parent.span_id:016x}"
+        if span.parent.is_remote:
+            encoded["flags"] = _REMOTE_PARENT
     if whole and span.attributes:
         encoded["attributes"] = _attributes(span.attributes)
     if span.status.status_code.value:
