@@ -309,7 +309,9 @@ def _kind_speeds(
     part = capacity / totals
     profile = find_profile(profiles, kind.device_type)
     overlaps = 1 + (shape.overlap - 1) * part
-    loaded = loaded_speeds(profile, kind.tensor_parallel_size, float(kind.fraction), shape, calls_rps * part, overlaps)
+    rates = calls_rps * part
+    size, fraction = kind.tensor_parallel_size, float(kind.fraction)
+    loaded = loaded_speeds(profile, size, fraction, shape, rates, overlaps, replicas=1 / part)
     return np.column_stack([loaded.fixed_s, loaded.input_s, loaded.output_s]), loaded.utilisation
 
 

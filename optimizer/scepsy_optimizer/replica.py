@@ -73,6 +73,11 @@ class CallShape:
         return self.prompt_pairs or self.input_tokens**2 - self.cached_tokens**2
 
     @property
+    def waiting_tokens(self) -> float:
+        """Mean prompt of the call that is found waiting for memory: the longer, the more likely."""
+        return self.pairs / max(1.0, self.input_tokens)
+
+    @property
     def prompt_variability(self) -> float:
         """Squared coefficient of variation of the computed prompt tokens, as far as it shows in `prompt_pairs`."""
         alike = self.input_tokens**2 - self.cached_tokens**2
@@ -141,9 +146,9 @@ def _saturation_rps(profile: LLMProfile, tensor_parallel_size: int, fraction: fl
     # Of the places in the batch each call holds one for as many steps as it has tokens, the first of them its prompt's.
     prompts = min(limit / tokens, profile.max_num_batched_tokens / shape.computed_tokens)
     decoding = prompts * (tokens - 1)
-    step_s = replica.decode_s(np.array([decoding])) + replica.prompts_s(
-        np.array([prompts]), np.ones(1), is_decoding=decoding > 0
-    )
+    # Preempted calls compute their prompts again.
+    computed = np.array([prompts * (1 + _preempted(profile, shape, limit))])
+    step_s = replica.decode_s(np.array([decoding])) + replica.prompts_s(computed, np.ones(1), is_decoding=decoding > 0)
     return float(prompts / step_s[0])
 
 
@@ -155,9 +160,20 @@ def max_batch(profile: LLMProfile, tensor_parallel_size: int, fraction: float, s
     kv_tokens = profile.kv_tokens(tensor_parallel_size, fraction)
     if kv_tokens < max(1, shape.longest_tokens):
         return 0.0
-    # What is free is not enough for the next prompt, on average half of one as long as those that wait tend to be.
-    waste = shape.pairs / max(1.0, shape.input_tokens) / 2
-    return min(float(profile.max_num_seqs), max(1.0, (kv_tokens - waste) / max(1.0, shape.context)))
+    # What is free is not enough for the next prompt: on average half of one as long as those that wait tend to be.
+    return min(float(profile.max_num_seqs), max(1.0, (kv_tokens - shape.waiting_tokens / 2) / max(1.0, shape.context)))
+
+
+def _preempted(profile: LLMProfile, shape: CallShape, limit: float) -> float:
+    """The part of the calls that are preempted where the KV cache is always full, and not `max_num_seqs` the limit.
+
+    After a call was admitted, what is left free is anything up to the prompt that waits; until the next call ends, the
+    others grow by about as many tokens as one call generates. Where that is more, the youngest has to go.
+    """
+    if limit >= profile.max_num_seqs:
+        return 0.0
+    growth = shape.generated_tokens / max(1.0, shape.waiting_tokens)
+    return float(growth * -np.expm1(-1 / growth))
 
 
 def loaded_speeds(
@@ -167,10 +183,12 @@ def loaded_speeds(
     shape: CallShape,
     rates_rps: Array,
     overlaps: Array,
+    replicas: Array | None = None,
 ) -> LoadedSpeeds:
     """Speeds of one replica at each of `rates_rps`, when `overlaps` calls of one execution land on it together.
 
-    A fraction is taken to share its device with others as busy as itself.
+    It is one of `replicas` alike (by default the only one) between which calls go to the least loaded, so that what
+    comes and goes at random is shared by all. A fraction is taken to share its device with others as busy as itself.
     """
     rates = np.asarray(rates_rps, dtype=float)
     saturation = saturation_rps(profile, tensor_parallel_size, fraction, shape)
@@ -188,7 +206,8 @@ def loaded_speeds(
         limit = max_batch(profile, tensor_parallel_size, fraction, shape)
         replica = _Steps(profile, tensor_parallel_size, fraction, shape)
         own = np.clip(np.asarray(overlaps, dtype=float)[asked], 1.0, limit)
-        found = _solve(replica, rates[asked], utilisation[asked], own, limit)
+        sharing = np.ones(len(asked)) if replicas is None else np.maximum(1.0, np.asarray(replicas, dtype=float)[asked])
+        found = _solve(replica, rates[asked], utilisation[asked], own, sharing, limit)
         below = rates < saturation
         columns[:, below] = [np.interp(rates[below], rates[asked], column) for column in found]
     return LoadedSpeeds(fixed_s=columns[0], input_s=columns[1], output_s=columns[2], utilisation=utilisation)
@@ -228,7 +247,9 @@ class _Steps:
         return np.maximum(0.0, part * (self.together_s(prompts / part) - saved))
 
 
-def _solve(replica: _Steps, rates: Array, utilisation: Array, own: Array, limit: float) -> tuple[Array, Array, Array]:
+def _solve(
+    replica: _Steps, rates: Array, utilisation: Array, own: Array, sharing: Array, limit: float
+) -> tuple[Array, Array, Array]:
     """Columns of `LoadedSpeeds` for rates below saturation, with `own` calls of one execution together."""
     profile, clock, shape = replica.profile, replica.clock, replica.shape
     prompt, tokens = shape.computed_tokens, shape.generated_tokens
@@ -258,7 +279,8 @@ def _solve(replica: _Steps, rates: Array, utilisation: Array, own: Array, limit:
         # A step table that is steeper here than on its way to saturation would have the queue unstable below it.
         steep = np.maximum(1.0, rates * (prompt_s + (tokens - 1) * call_s) / utilisation)
         call_s, prompt_s = call_s / steep, prompt_s / steep
-        moments = _moments(rates, prompts, decoding, burst + shape.prompt_variability, call_s, prompt_s, tokens)
+        arriving = prompts * (burst - 1 + 1 / sharing + shape.prompt_variability)
+        moments = _moments(rates * call_s, rates * prompt_s, arriving, decoding / sharing, tokens)
         seen = (decoding + np.maximum(own, moments.decoding / some)) * is_decoding
         output_s = (
             decode_s(seen)
@@ -282,7 +304,8 @@ def _solve(replica: _Steps, rates: Array, utilisation: Array, own: Array, limit:
     together = burst + rates * found_s
     decoding_s = occupied * np.maximum(0.0, decode_s(seen) - profile.host_s - clock.overlap_s)
     own_s = profile.host_s + replica.together_s(together) + decoding_s
-    queue_s = _budget_wait_s(replica, rates, step_s) + _place_wait_s(replica, rates, own, limit, contention)
+    places_s = _place_wait_s(replica, rates, own, own - 1 + 1 / sharing, limit, contention)
+    queue_s = _budget_wait_s(replica, rates, step_s) + places_s
     first_s = profile.request_s + found_s / 2 + own_s + queue_s
     slope_s = (replica.together_s(together + span) - replica.together_s(together)) / (span * prompt)
     return first_s - slope_s * prompt - output_s, slope_s, output_s
@@ -297,27 +320,23 @@ class _Moments:
     both: Array
 
 
-def _moments(
-    rates: Array, prompts: Array, decoding: Array, burst: Array, call_s: Array, prompt_s: Array, tokens: float
-) -> _Moments:
+def _moments(by_call: Array, by_prompt: Array, arriving: Array, leaving: Array, tokens: float) -> _Moments:
     """Second moments over steps, in the linear approximation.
 
-    From step to step, n' = (1 - 1/(tokens - 1)) n + k + e and k' = rate (call_s n + prompt_s k) + e', with e the
-    randomness of calls that end and e' that of Poisson bursts. Without prompt work this gives the variance of the
-    processor-sharing queue.
+    From step to step, n' = (1 - x) n + k + e and k' = by_call n + by_prompt k + e', with x = 1 / (tokens - 1) the part
+    of the calls that end with a step, e of variance x (1 - x) `leaving` and e' of variance `arriving`. Without prompt
+    work this gives the variance of the processor-sharing queue.
     """
     ends = 1 / max(1.0, tokens - 1)
     stay = 1 - ends
-    by_call = rates * call_s
-    by_prompt = np.minimum(rates * prompt_s, _FULLEST)
-    rows = np.zeros((len(rates), 3, 3))
+    by_prompt = np.minimum(by_prompt, _FULLEST)
+    count = len(by_call)
+    rows = np.zeros((count, 3, 3))
     # Unknowns: var n, cov(n, k), var k.
-    rows[:, 0] = np.column_stack(
-        [np.full(len(rates), 1 - stay**2), np.full(len(rates), -2 * stay), -np.ones(len(rates))]
-    )
+    rows[:, 0] = np.column_stack([np.full(count, 1 - stay**2), np.full(count, -2 * stay), -np.ones(count)])
     rows[:, 1] = np.column_stack([-stay * by_call, 1 - stay * by_prompt - by_call, -by_prompt])
     rows[:, 2] = np.column_stack([-(by_call**2), -2 * by_call * by_prompt, 1 - by_prompt**2])
-    noise = np.column_stack([decoding * ends * stay, np.zeros(len(rates)), burst * prompts])
+    noise = np.column_stack([leaving * ends * stay, np.zeros(count), arriving])
     solved = np.maximum(0.0, np.linalg.solve(rows, noise[:, :, None])[:, :, 0])
     return _Moments(decoding=solved[:, 0], both=solved[:, 1], prompts=solved[:, 2])
 
@@ -348,8 +367,11 @@ def _budget_wait_s(replica: _Steps, rates: Array, step_s: Array) -> Array:
     return step_s / 2 * load ** (np.sqrt(2 * (prompts + 1)) - 1) / (prompts * (1 - load))
 
 
-def _place_wait_s(replica: _Steps, rates: Array, own: Array, limit: float, contention: Array) -> Array:
-    """Mean wait for a place in a limited batch."""
+def _place_wait_s(replica: _Steps, rates: Array, own: Array, swing: Array, limit: float, contention: Array) -> Array:
+    """Mean wait for a place in a limited batch, whose size swings as if `swing` calls came and went as one.
+
+    That is more than one where calls arrive in bursts, and less where several replicas share what comes at random.
+    """
     places = np.arange(1, int(np.ceil(limit)) + 1, dtype=float)
     tokens = replica.shape.generated_tokens
     decode_s = replica.profile.host_s + np.outer(contention, replica.decode_s(places) - replica.profile.host_s)
@@ -358,12 +380,12 @@ def _place_wait_s(replica: _Steps, rates: Array, own: Array, limit: float, conte
     for _ in range(4):
         step_s = decode_s + replica.prompts_s(prompts, own[:, None], is_decoding=tokens > 1)
         prompts = np.minimum(rates[:, None] * step_s, places / tokens)
+        prompts[:, -1] *= 1 + _preempted(replica.profile, replica.shape, limit)
     ends = places / (tokens * step_s)
-    # Bursts widen the distribution: as if `own` calls came and went as one.
-    logs = np.cumsum(np.log(rates[:, None] / ends), axis=1) / own[:, None]
+    logs = np.cumsum(np.log(rates[:, None] / ends), axis=1) / swing[:, None]
     logs = np.concatenate([np.zeros((len(rates), 1)), logs], axis=1)
     weights = np.exp(logs - logs.max(axis=1, keepdims=True))
-    load = np.minimum(rates / ends[:, -1], _FULLEST) ** (1 / own)
+    load = np.minimum(rates / ends[:, -1], _FULLEST) ** (1 / swing)
     beyond = weights[:, -1] * load / (1 - load)
     queue = beyond / (1 - load) / (weights.sum(axis=1) + beyond)
     variability = (1 + replica.shape.output_cv**2) / 2
