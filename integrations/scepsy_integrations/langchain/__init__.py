@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from scepsy.capture import no_longer, when_imported
+from scepsy.capture import FrameworkHook
 
 if TYPE_CHECKING:
     from scepsy_integrations.langchain.handler import ScepsyCallbackHandler
@@ -23,31 +23,14 @@ def __getattr__(name: str) -> Any:
     return ScepsyCallbackHandler
 
 
-_MODULE = "langchain_core.tracers.context"
+class Instrumentor(FrameworkHook):
+    """Gives every LangChain run of the process the handler, through LangChain's own hook for that.
 
+    Embeddings and document compressors, which know no handlers, have their methods hooked.
+    """
 
-class Instrumentor:
-    """Gives every LangChain run of the process the handler, through LangChain's own hook for that."""
-
-    def instrument(self, **_kwargs: Any) -> None:
-        """Turn it on, now or as soon as LangChain is imported."""
-        when_imported(_MODULE, _turn_on)
-
-    def uninstrument(self, **_kwargs: Any) -> None:
-        """Turn it off."""
-        no_longer(_MODULE, _turn_on)
-        if _on:
-            from scepsy_integrations.langchain.handler import turn_off
-
-            turn_off()
-            _on.clear()
-
-
-_on: list[bool] = []
-
-
-def _turn_on() -> None:
-    from scepsy_integrations.langchain.handler import turn_on
-
-    turn_on()
-    _on.append(True)
+    parts = {  # noqa: RUF012 - declared in the base
+        "langchain_core.tracers.context": "scepsy_integrations.langchain.handler",
+        "langchain_core.embeddings.embeddings": "scepsy_integrations.langchain.embeddings",
+        "langchain_core.documents.compressor": "scepsy_integrations.langchain.compressors",
+    }

@@ -13,7 +13,7 @@ from contextvars import ContextVar, Token
 from typing import Any, Final
 
 from scepsy import semconv
-from scepsy.capture import Exchange, attach, detach, harmless, muted, no_longer, recorder, settings, when_imported
+from scepsy.capture import Exchange, attach, detach, harmless, muted, recorder, settings
 from scepsy_integrations.openai.answers import describe, is_raw
 from scepsy_integrations.openai.content import note_answer, note_question, records_content
 from scepsy_integrations.openai.streams import watch
@@ -263,7 +263,8 @@ def instrument_client(client: object) -> Callable[[], None] | None:
 _patches: Final[list[_ClassPatch]] = []
 
 
-def _turn_on() -> None:
+def turn_on() -> None:
+    """Hook the client classes."""
     import openai
 
     if not _patches:
@@ -271,17 +272,7 @@ def _turn_on() -> None:
             _patches.extend(_ClassPatch(owner, name, hook) for name, hook in _hooks(asynchronous=asynchronous).items())
 
 
-class Instrumentor:
-    """Turns the hook on for every client of the process, made before or after."""
-
-    instrument_client = staticmethod(instrument_client)
-
-    def instrument(self, **_kwargs: Any) -> None:
-        """Hook the client classes, now or as soon as openai is imported."""
-        when_imported("openai", _turn_on)
-
-    def uninstrument(self, **_kwargs: Any) -> None:
-        """Restore the client classes."""
-        no_longer("openai", _turn_on)
-        while _patches:
-            _patches.pop().undo()
+def turn_off() -> None:
+    """Restore them."""
+    while _patches:
+        _patches.pop().undo()

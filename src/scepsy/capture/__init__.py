@@ -8,7 +8,7 @@ from scepsy.capture.decorators import agent, tool, workflow
 from scepsy.capture.exchange import Exchange, end_call
 from scepsy.capture.frame import Frame, async_generator_steps, generator_steps
 from scepsy.capture.handle import Handle, Outcome, attach, detach, how_ended, now_ns
-from scepsy.capture.imports import no_longer, when_imported
+from scepsy.capture.imports import FrameworkHook
 from scepsy.capture.instrumentation import flush, instrument, uninstrument
 from scepsy.capture.recorder import Recorder, muted, recorder
 from scepsy.capture.safety import harmless
@@ -19,6 +19,7 @@ __all__ = [
     "ContextThreadPoolExecutor",
     "Exchange",
     "Frame",
+    "FrameworkHook",
     "Handle",
     "Outcome",
     "Recorder",
@@ -35,7 +36,6 @@ __all__ = [
     "instrument",
     "message",
     "muted",
-    "no_longer",
     "note_content",
     "now_ns",
     "propagate",
@@ -47,6 +47,5 @@ __all__ = [
     "tool_call",
     "tool_response",
     "uninstrument",
-    "when_imported",
     "workflow",
 ]

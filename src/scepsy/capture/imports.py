@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Final
+from typing import Any, ClassVar, Final
 
 from scepsy.capture.safety import harmless
 
@@ -34,6 +36,30 @@ def no_longer(module: str, action: Callable[[], None]) -> None:
         _waiting.pop(module, None)
     if not _waiting and _finder in sys.meta_path:
         sys.meta_path.remove(_finder)
+
+
+class FrameworkHook:
+    """A framework's hook, as its entry point names it; each part turns on as soon as its module is imported."""
+
+    parts: ClassVar[Mapping[str, str]] = {}
+    """Per module of the framework, the module of ours whose `turn_on()` and `turn_off()` hook it and undo that."""
+
+    def instrument(self, **_kwargs: Any) -> None:
+        """Turn every part on, now or after the import that it waits for."""
+        for module, ours in self.parts.items():
+            when_imported(module, _turning_on(ours))
+
+    def uninstrument(self, **_kwargs: Any) -> None:
+        """Turn every part off."""
+        for module, ours in self.parts.items():
+            no_longer(module, _turning_on(ours))
+            if ours in sys.modules:
+                sys.modules[ours].turn_off()
+
+
+@functools.cache
+def _turning_on(ours: str) -> Callable[[], None]:
+    return lambda: importlib.import_module(ours).turn_on()
 
 
 class _Finder(MetaPathFinder):
