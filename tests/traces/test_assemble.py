@@ -7,6 +7,7 @@ from scepsy.traces.assemble import (
     DUPLICATE,
     FAILED_CALL,
     FAILED_ROOT,
+    LOST_CALL,
     NAMELESS_CALL,
     NO_ROOT,
     ORPHAN,
@@ -195,7 +196,7 @@ def test_executions_that_never_ended_are_left_out(otlp, read):
         otlp.workflow("a", "", "w", 0, 1, trace="failed", status=2),
     )
     assert [execution.id for execution in reading.executions] == ["whole"]
-    assert reading.dropped == {NO_ROOT: 2, UNENDED_ROOT: 1, FAILED_ROOT: 1}
+    assert reading.dropped == {NO_ROOT: 2, UNENDED_ROOT: 1, FAILED_ROOT: 1, LOST_CALL: 1}
 
 
 def test_a_root_may_have_a_parent_in_another_process(otlp, read):

@@ -1,11 +1,25 @@
 """Whatever is in a file: never a traceback, always executions of the promised shape."""
 
+import contextlib
 import json
+import re
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scepsy.traces import read_executions
+from scepsy.traces import Tally, iter_executions, read_executions
+from scepsy.traces.assemble import (
+    CACHED_CALL,
+    DUPLICATE,
+    FAILED_CALL,
+    LOST_CALL,
+    NAMELESS_CALL,
+    STOPPED_CALL,
+    UNENDED_CALL,
+)
+from scepsy.traces.dialects import DIALECTS
+from scepsy.traces.formats.otlp_json import BROKEN as BROKEN_SPAN
+from scepsy.traces.sources import NOT_JSON
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.timeline import compile_timeline
 
@@ -18,6 +32,7 @@ KEYS = [
     "langfuse.observation.usage_details", "langfuse.observation.metadata", "langfuse.observation.completion_start_time",
     "gen_ai.latency.e2e", "gen_ai.latency.time_in_queue", "gen_ai.request.id", "gen_ai.response.id",
 ]  # fmt: skip
+MARKS = {mark for dialect in DIALECTS for mark in dialect.marks}
 WORDS = [
     "chat", "embeddings", "invoke_agent", "invoke_workflow", "execute_tool", "LLM", "CHAIN", "AGENT", "RERANKER",
     "workflow", "agent", "llm", "call", "task", "generation", "span", "completion", "m", "x" * 5000, "",
@@ -127,6 +142,72 @@ def test_any_file(content, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "anything"
     path.write_bytes(content)
     read_or_refuse(path)
+
+
+REASONS_OF_CALLS = {FAILED_CALL, STOPPED_CALL, CACHED_CALL, UNENDED_CALL, NAMELESS_CALL, LOST_CALL}
+
+
+def account(spans, path):
+    """Calls that were kept, calls that were left out, and the tally; None where nothing is whole."""
+    tally = Tally()
+    lines = [{"resourceSpans": [{"scopeSpans": [{"spans": [span]}]}]} for span in spans]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    with contextlib.suppress(ScepsyError):
+        kept = sum(len(execution.calls) for execution in iter_executions([path], tally))
+        return kept, sum(count for reason, count in tally.dropped.items() if reason in REASONS_OF_CALLS), tally
+    return None
+
+
+@settings(max_examples=80, deadline=None)
+@given(spans=st.lists(SPANS, min_size=1, max_size=9))
+def test_every_call_is_kept_or_counted(spans, tmp_path_factory):
+    """A span that says it is a call of its own is one, wherever it stands."""
+    whole = {"traceId": "whole", "spanId": "w", "startTimeUnixNano": "5", "endTimeUnixNano": "6"}
+    for number, span in enumerate(spans):
+        if number % 2:
+            span["attributes"] = [
+                *(pair for pair in span.get("attributes", ()) if pair["key"] not in MARKS),
+                {"key": "scepsy.kind", "value": {"stringValue": "call"}},
+            ]
+        else:
+            span.pop("attributes", None)
+    kept, left_out, tally = account([whole, *spans], tmp_path_factory.getbasetemp() / "calls.jsonl")
+    first = {}
+    for number, span in enumerate(spans):
+        if usable(span):
+            first.setdefault((span["traceId"], span["spanId"]), number)
+    assert kept + left_out == sum(number % 2 for number in first.values())
+    assert tally.dropped[DUPLICATE] == sum(map(usable, spans)) - len(first)
+    unusable = len(spans) - sum(map(usable, spans))
+    assert tally.dropped[BROKEN_SPAN] + tally.dropped[NOT_JSON] == unusable
+
+
+def usable(span):
+    """Whether its times are times, and its line is JSON, which has no infinite numbers."""
+    times = (span["startTimeUnixNano"], span.get("endTimeUnixNano", 0))
+    return all(0 <= int(time) < 2**64 for time in times) and not re.search("NaN|Infinity", json.dumps(span))
+
+
+@settings(max_examples=80, deadline=None)
+@given(spans=st.lists(SPANS, min_size=1, max_size=9))
+def test_no_trace_with_a_call_disappears(spans, tmp_path_factory):
+    """Whatever wraps, lends or fails: a trace with a span of an LLM in it has calls that are kept or counted."""
+    whole = {"traceId": "whole", "spanId": "w", "startTimeUnixNano": "5", "endTimeUnixNano": "6"}
+    for span in spans:
+        attributes = {pair["key"]: pair["value"].get("stringValue") for pair in span.get("attributes", ())}
+        if attributes.keys() & {*MARKS, "scepsy.kind", "scepsy.transport"}:
+            span.pop("attributes")
+    seen = {}
+    for span in spans:
+        if usable(span):
+            seen.setdefault((span["traceId"], span["spanId"]), span)
+    asking = {
+        trace
+        for (trace, _), span in seen.items()
+        if {"key": "gen_ai.operation.name", "value": {"stringValue": "chat"}} in span.get("attributes", ())
+    }
+    kept, left_out, _ = account([whole, *spans], tmp_path_factory.getbasetemp() / "asking.jsonl")
+    assert kept + left_out >= len(asking)
 
 
 JSON = st.recursive(

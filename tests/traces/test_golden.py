@@ -6,6 +6,7 @@ import pytest
 
 from scepsy.traces import read_executions
 from scepsy.traces.assemble import FAILED_CALL
+from scepsy.traces.reading import STARTING
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 CALLS = {
@@ -97,3 +98,35 @@ def test_roles_are_not_the_names_of_framework_parts(readings):
         span.call.role for reading in readings.values() for execution in reading.executions for span in execution.calls
     }
     assert roles <= {"answer", "Engine", "Engine.custom_query", "plain client", ""}
+
+
+ENGINE = GOLDEN.parent / "engine"
+
+
+def test_spans_of_a_real_vllm_join_their_clients_calls():
+    """By their trace where the context was passed on, else by the id of the response; the engine's start goes."""
+    reading = read_executions([ENGINE])
+    assert reading.dropped == {STARTING: 12}
+    assert reading.repaired == {}
+    assert sorted(execution.workflow for execution in reading.executions) == ["context lost", "context passed on"]
+    alone = {
+        span.id: span for execution in read_executions([ENGINE / "client.jsonl"]).executions for span in execution.calls
+    }
+    for execution in reading.executions:
+        calls = execution.calls
+        assert [(span.call.llm, span.call.input_tokens, span.call.output_tokens) for span in calls] == [
+            ("small", 27, 12), ("small", 27, 12), ("small", 27, 12), ("small", 5, 12),
+        ]  # fmt: skip
+        for span in calls:
+            client = alone[span.id]
+            assert (span.duration_s, client.call.queue_s) == (client.duration_s, None)
+            assert 0 < span.call.queue_s < span.call.time_to_first_token_s < span.duration_s
+
+
+def test_spans_of_a_real_vllm_alone_are_calls():
+    reading = read_executions([ENGINE / "engine.jsonl"])
+    calls = [span.call for execution in reading.executions for span in execution.calls]
+    assert len(reading.executions) == 5
+    assert sorted((call.llm, call.input_tokens, call.output_tokens) for call in calls) == [
+        *[("small", 5, 12)] * 2, *[("small", 27, 12)] * 6,
+    ]  # fmt: skip

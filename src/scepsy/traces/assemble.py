@@ -11,6 +11,7 @@ from operator import attrgetter
 from typing import Final
 
 import msgspec
+from msgspec.structs import replace
 
 from scepsy.traces.matching import SLACK_NS, same_call
 from scepsy.traces.records import (
@@ -41,6 +42,7 @@ UNENDED_CALL: Final = "calls without an end (their time stays, as a step)"
 NAMELESS_CALL: Final = "calls without a model name (their time stays, as a step)"
 DUPLICATE: Final = "spans that came twice"
 CIRCLE: Final = "spans in a circle of parents"
+LOST_CALL: Final = "calls in executions or circles that were left out"
 
 ORPHAN: Final = "spans whose parent is missing, put under the root"
 BACKWARDS: Final = "spans that ended before they started, taken as instants"
@@ -49,7 +51,6 @@ SKEWED: Final = "spans moved into their parent on another host, whose clock diff
 UNCOUNTED: Final = "calls without token counts"
 RETRIED: Final = "calls that begin with their last attempt (the failed ones and the waiting stay, as a gap)"
 
-replace = msgspec.structs.replace
 _STATUS_OF_CALL = {FAILED: FAILED_CALL, INTERRUPTED: STOPPED_CALL, FROM_CACHE: CACHED_CALL}
 
 
@@ -106,24 +107,38 @@ def assemble(
     `name_llm` names the LLM that serves a model at an endpoint.
     """
     nodes = _unique(records, tally)
-    roots = _link(nodes, tally)
-    if not roots:
-        tally.dropped[NO_ROOT] += 1
-        return None
-    if any(root.end_ns <= 0 for root in roots):
-        tally.dropped[UNENDED_ROOT] += 1
-        return None
-    for root in roots:
-        if root.record.status != OK and root.record.kind not in CALL_LIKE:
-            tally.dropped[FAILED_ROOT if root.record.status == FAILED else STOPPED_ROOT] += 1
-            return None
-    _reunite_streams(nodes)
+    roots, strays = _link(nodes, tally)
+    reason = _why_not(roots)
+    roots += strays
+    if reason:
+        roots = [node for node in nodes.values() if node.parent is None]
+    else:
+        _reunite_streams(nodes)
     order = _preorder(roots)
-    if len(order) < len(nodes):
-        tally.dropped[CIRCLE] += len(nodes) - len(order)
-    _mend_times(order, tally)
     _find_calls(order)
+    if len(order) < len(nodes):
+        reached = {node.record.id for node in order}
+        circling = [node for node in nodes.values() if node.record.id not in reached]
+        tally.drop(CIRCLE, len(circling))
+        tally.drop(LOST_CALL, sum(node.record.kind in CALL_LIKE for node in circling))
+    if reason:
+        tally.drop(reason)
+        tally.drop(LOST_CALL, sum(node.call for node in order))
+        return None
+    _mend_times(order, tally)
     return _execution(trace, roots, order, name_llm, tally)
+
+
+def _why_not(roots: Sequence[_Node]) -> str:
+    """Why an execution with these roots is left out; empty if it is not."""
+    if not roots:
+        return NO_ROOT
+    if any(root.end_ns <= 0 for root in roots):
+        return UNENDED_ROOT
+    ended = [root.record.status for root in roots if root.record.kind not in CALL_LIKE and root.record.status != OK]
+    if ended:
+        return FAILED_ROOT if ended[0] == FAILED else STOPPED_ROOT
+    return ""
 
 
 def _unique(records: Sequence[SpanRecord], tally: Tally) -> dict[str, _Node]:
@@ -136,8 +151,11 @@ def _unique(records: Sequence[SpanRecord], tally: Tally) -> dict[str, _Node]:
     return nodes
 
 
-def _link(nodes: dict[str, _Node], tally: Tally) -> list[_Node]:
-    """Join children to parents and return the roots, none of them if the trace is cut off above."""
+def _link(nodes: dict[str, _Node], tally: Tally) -> tuple[list[_Node], list[_Node]]:
+    """Join children to parents.
+
+    Returns the roots, none of them if the trace is cut off above, and spans of a missing parent that must stand beside.
+    """
     roots, orphans = [], []
     for node in nodes.values():
         parent = nodes.get(node.record.parent)
@@ -157,11 +175,16 @@ def _link(nodes: dict[str, _Node], tally: Tally) -> list[_Node]:
         orphans = [node for node in orphans if not (node.record.remote_parent or node.record.kind == SERVER)]
     if roots and orphans:
         tally.repaired[ORPHAN] += len(orphans)
-        root = min(roots, key=lambda node: node.start_ns)
-        for orphan in orphans:
-            orphan.parent = root
-            root.children.append(orphan)
-    return roots
+        steps = [node for node in roots if node.record.kind not in CALL_LIKE]
+        if steps:
+            root = min(steps, key=_start)
+            for orphan in orphans:
+                orphan.parent = root
+                root.children.append(orphan)
+        else:
+            # Nothing may be put under a call: it would seem to be a wrapper of what is below it.
+            return roots, orphans
+    return roots, []
 
 
 def _reunite_streams(nodes: dict[str, _Node]) -> None:
@@ -202,7 +225,8 @@ def _above_calls(node: _Node, parent: _Node | None, nodes: dict[str, _Node]) -> 
             # The topmost call has no parent to share: both are roots.
             node.record = replace(node.record, parent="")
         parent = above
-    return parent
+    # Calls in a circle have nothing above them.
+    return None if parent is not None and parent.record.kind == CALL else parent
 
 
 def _preorder(roots: Sequence[_Node]) -> list[_Node]:

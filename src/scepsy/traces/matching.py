@@ -10,9 +10,9 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
-import msgspec
+from msgspec.structs import replace
 
-from scepsy.traces.records import LLM, SERVER, SpanRecord
+from scepsy.traces.records import LLM, SpanRecord
 
 SLACK_NS = 5_000_000
 _LONGEST_SEARCH = 1000
@@ -73,9 +73,6 @@ def _engine_id(response_id: str) -> str:
     return head if dash and tail == "0" else response_id
 
 
-def attached(record: SpanRecord, call: SpanRecord) -> SpanRecord:
-    """The detached record as a span below its call."""
-    kind = SERVER if record.kind == SERVER else record.kind
-    return msgspec.structs.replace(
-        record, trace=call.trace, parent=call.id, kind=kind, detached=False, remote_parent=False
-    )
+def attached(record: SpanRecord, call: SpanRecord, trace: str) -> SpanRecord:
+    """The detached record as a span below its call, which lies in `trace`."""
+    return replace(record, trace=trace, parent=call.id, detached=False, remote_parent=False)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Final
 
+from msgspec.structs import replace
+
 from scepsy.traces.assemble import assemble
 from scepsy.traces.dialects import normalise
 from scepsy.traces.matching import attached, match
-from scepsy.traces.records import LLM, NoTracesError, SpanRecord, Tally
+from scepsy.traces.records import ENGINE_START, LLM, NoTracesError, SpanRecord, Tally
 from scepsy.traces.sources import find_files, read_spans
 from scepsy.traces.spool import Spool
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.executions import Execution
 
 NO_TRACES: Final = "files in a directory that hold no traces"
+STARTING: Final = "spans of an engine's own start"
 
 # A batch may be a whole table, which need not be in memory at once.
 _AT_ONCE = 1024
@@ -77,11 +80,15 @@ def iter_executions(
                     raws = iter(batch)
                     while records := [normalise(raw) for raw in islice(raws, _AT_ONCE)]:
                         names.saw(records)
-                        apart = [record for record in records if record.detached]
-                        if apart:
-                            detached += apart
-                            records = [record for record in records if not record.detached]
-                        spool.add(records)
+                        usual = []
+                        for record in records:
+                            if record.detached:
+                                detached.append(record)
+                            elif record.kind == ENGINE_START:
+                                tally.drop(STARTING)
+                            else:
+                                usual.append(record)
+                        spool.add(usual)
             except NoTracesError:
                 if named:
                     raise
@@ -102,19 +109,41 @@ def iter_executions(
         raise ScepsyError(f"{where}: no whole execution in {tally.files} file(s): {_describe(tally)}; {_advice(tally)}")
 
 
-def _reunite(detached: Sequence[SpanRecord], spool: Spool) -> set[str]:
-    """Put detached requests below their calls, or back where they came from; returns the traces that are now empty."""
+def _reunite(detached: Sequence[SpanRecord], spool: Spool) -> Collection[str]:
+    """Put detached requests below their calls, with all that is below them, or back where they came from.
+
+    Returns the traces that have moved to another one.
+    """
     if not detached:
-        return set()
+        return ()
     calls = match(detached, (record for record in spool.records() if record.kind == LLM))
-    moved = set()
-    found = []
+    moved: dict[str, SpanRecord] = {}
+
+    def home(trace: str) -> str:
+        """The trace in which one that may have moved now lies."""
+        while trace in moved:
+            trace = moved[trace].trace
+        return trace
+
+    left = []
+    requests = []
     for record in detached:
         call = calls.get((record.trace, record.id))
-        found.append(record if call is None else attached(record, call))
-        if call is not None:
-            moved.add(record.trace)
-    spool.add(found)
+        # Two traces may each hold a call that fits the other's request: only one of them can move.
+        if call is None or home(call.trace) == record.trace:
+            left.append(record)
+        else:
+            moved.setdefault(record.trace, call)
+            requests.append((record, call))
+    spool.add([attached(record, call, home(call.trace)) for record, call in requests])
+    if moved:
+        left += [record for record in spool.records() if record.trace in moved]
+    spool.add(
+        replace(record, trace=home(record.trace), parent=record.parent or moved[record.trace].parent)
+        if record.trace in moved
+        else record
+        for record in left
+    )
     return moved
 
 

@@ -25,6 +25,8 @@ TRANSPORT: Final = "transport"
 """The request that carries a call: timing and tokens for the LLM span above it."""
 SERVER: Final = "server"
 """The engine's own span of a call: queue time and tokens for the client span above it, on another clock."""
+ENGINE_START: Final = "engine start"
+"""What an engine does before it serves: of no execution."""
 CALL: Final = "call"
 """An LLM span that is a call of its own, whatever lies above and below it."""
 CALL_LIKE: Final = frozenset({LLM, TRANSPORT, SERVER, CALL})
@@ -108,6 +110,11 @@ class Tally:
     spans: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     repaired: Counter[str] = field(default_factory=Counter)
+
+    def drop(self, reason: str, count: int = 1) -> None:
+        """Count what was left out."""
+        if count:
+            self.dropped[reason] += count
 
 
 class NoTracesError(ScepsyError):

@@ -13,6 +13,7 @@ DIALECTS: Final[tuple[Dialect, ...]] = (
     langfuse.DIALECT,
     traceloop.DIALECT,
     engine.DIALECT,
+    engine.START,
     opentelemetry.DIALECT,
 )
 """In the order in which they are asked. The last one takes every span."""
@@ -37,4 +38,6 @@ def normalise(raw: RawSpan) -> SpanRecord:
 
 
 def _recognises(dialect: Dialect, keys: tuple[str, ...]) -> bool:
+    if dialect.alone:
+        return bool(keys) and all(key in dialect.marks for key in keys)
     return not dialect.marks or any(mark in keys for mark in dialect.marks)

@@ -1,11 +1,14 @@
-"""The spans that serving engines make of their own requests: vLLM, SGLang and TensorRT-LLM share these names."""
+"""The spans that serving engines make of their own requests: vLLM, SGLang and TensorRT-LLM share these names.
+
+vLLM also traces its own start, in spans that name nothing but a place in its code.
+"""
 
 from __future__ import annotations
 
 from typing import Final
 
 from scepsy.traces.dialects.table import Dialect, Keys, text
-from scepsy.traces.records import SERVER, RawSpan, SpanRecord
+from scepsy.traces.records import ENGINE_START, SERVER, STEP, RawSpan, SpanRecord
 
 
 def _kind(_raw: RawSpan) -> str:
@@ -32,4 +35,17 @@ DIALECT: Final = Dialect(
         queue_s=("gen_ai.latency.time_in_queue",),
     ),
     refine=_refine,
+)
+
+
+def _kind_of_code(raw: RawSpan) -> str:
+    return ENGINE_START if text(raw.attributes, ("code.namespace",)).startswith("vllm.") else STEP
+
+
+START: Final = Dialect(
+    name="engine start",
+    marks=("code.namespace", "code.function", "code.filepath", "code.lineno"),
+    kind=_kind_of_code,
+    keys=Keys(),
+    alone=True,
 )

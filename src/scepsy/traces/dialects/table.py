@@ -39,7 +39,8 @@ class Keys:
 class Dialect:
     """How one family of instrumentations writes its spans.
 
-    A span is of this dialect if it has one of `marks`; no marks take every span. `kind` names the kind of such a span.
+    A span is of this dialect if it has one of `marks`, or, with `alone`, if nothing that any dialect looks at but its
+    marks is there; no marks take every span. `kind` names the kind of such a span.
     `refine` corrects in place what a table cannot say: it gets the span and its translation; with
     `refine_if` it is asked only about spans that have one of these keys. `also` names the other keys that the two look
     at: attributes that no dialect names are not even read.
@@ -52,6 +53,7 @@ class Dialect:
     also: Sequence[str] = ()
     refine: Callable[[RawSpan, SpanRecord], None] | None = None
     refine_if: Sequence[str] = ()
+    alone: bool = False
 
     @property
     def wanted(self) -> frozenset[str]:
