@@ -22,10 +22,13 @@ from scepsy_optimizer.master import Floats, Ints, Master, Problem, Relaxed
 _RELAXED_GAP = 1e-5
 _MAX_CUTS = 150
 _MAX_NODES = 20_000
+_POINT_CUTS_EVERY = 3
+"""At every such node the relaxed point becomes a cut, beside the choices that are met: more would cost more time."""
+
 _WHOLE = 1e-6
 _GUESSES = 2
 
-_WINDOW = 5e-4
+_WINDOW = 1e-3
 _WINDOW_GROWTH = 4.0
 """How far above the least cost options are looked at, in parts of the bound, and how fast that grows."""
 
@@ -67,6 +70,7 @@ class _Search:
         self._met: dict[tuple[int, ...], float] = {}
         self._seen: set[tuple[int, ...]] = set()
         self._best_s = float("inf")
+        self._explored = 0
         self._bound_s = -float("inf")
         self._costs: list[Floats] = []
 
@@ -78,6 +82,11 @@ class _Search:
     def found(self) -> Found:
         ranked = sorted((objective_s, rows) for rows, objective_s in self._met.items())
         return Found(choices=tuple(ranked), lower_bound_s=min(self._bound_s, self._best_s))
+
+    def _promises(self, rows: tuple[int, ...]) -> bool:
+        """Whether a choice may be better than the best, by the cuts so far."""
+        floors_s = self._master.floors_s(self._speeds_of(rows))
+        return float(self._problem.group_weights @ floors_s) < self._best_s
 
     def meet(self, rows: tuple[int, ...]) -> None:
         """Retime a choice: its tangents become cuts and, if it keeps budgets and limits, it may be the best."""
@@ -196,27 +205,36 @@ class _Search:
                 return solved.value, None
             split = self._split(solved, ranks)
             rows = self._rounded(solved)
-            if rows not in self._seen:
+            if rows not in self._seen and (split is None or self._promises(rows)):
                 self.meet(rows)
             elif split is None and self._cut(self._speeds_of(rows))[1] == 0:
                 # A whole choice whose own tangents are there: the value is what it gives.
                 return solved.value, None
             if split is not None:
-                self._cut(self._mean_speeds(solved))
+                self._explored += 1
+                if self._explored % _POINT_CUTS_EVERY == 0:
+                    self._cut(self._mean_speeds(solved))
                 return solved.value, split
 
     def _split(self, solved: Relaxed, ranks: Ints) -> tuple[int, int] | None:
-        """The LLM whose option is least decided, and the rank after which to split its options; None if all are."""
-        owners = self._master.owners
-        taken = solved.parts > _WHOLE
-        largest = np.zeros(len(self._problem.speeds))
-        np.maximum.at(largest, owners, solved.parts)
-        llm = int(largest.argmin())
-        if largest[llm] > 1 - _WHOLE:
-            return None
-        mine = np.flatnonzero(taken & (owners == llm))
-        mean = float(ranks[mine] @ solved.parts[mine] / solved.parts[mine].sum())
-        return llm, int(np.clip(np.floor(mean), ranks[mine].min(), ranks[mine].max() - 1))
+        """The LLM whose options differ most in the price of what they take, and the rank after which to split them.
+
+        None where each LLM takes one option only.
+        """
+        master, problem = self._master, self._problem
+        prices = np.maximum(0.0, -solved.duals[len(problem.speeds) :][: len(problem.budgets)])
+        best, widest = None, -1.0
+        for llm, units in enumerate(problem.units):
+            mine = np.flatnonzero((master.owners == llm) & (solved.parts > _WHOLE))
+            if len(mine) < 2:
+                continue
+            parts = solved.parts[mine] / solved.parts[mine].sum()
+            price = units[master.rows[mine]] @ prices
+            width = float(parts @ np.abs(price - parts @ price))
+            if width > widest:
+                last = int(np.clip(np.floor(ranks[mine] @ parts), ranks[mine].min(), ranks[mine].max() - 1))
+                best, widest = (llm, last), width
+        return best
 
     def _ranks(self) -> Ints:
         """The rank of each held option among its LLM's, by size and then by speed."""

@@ -128,7 +128,7 @@ class Master:
         The tangents are `fixed_s[g] + coefficients[g] · speeds`, summed over LLMs, and `makespans_s[g]` at `speeds`.
         Returns how many cuts are new.
         """
-        least_s = self._floors_s(speeds)
+        least_s = self.floors_s(speeds)
         tolerance_s = _LIFT * self._problem.scale_s / self._groups
         held = np.array(
             [self._problem.speeds[llm][row] for llm, row in zip(self.owners, self.rows, strict=True)]
@@ -157,7 +157,7 @@ class Master:
         for column in (self._cut_group, self._cut_fixed_s, self._cuts, self._cut_used):
             column[:] = [value for number, value in enumerate(column) if number not in gone]  # type: ignore[index,call-overload]
 
-    def _floors_s(self, speeds: Floats) -> Floats:
+    def floors_s(self, speeds: Floats) -> Floats:
         """What the cuts so far say of each group's makespan at those speeds."""
         floors_s = np.full(self._groups, -np.inf)
         if self._cuts:
@@ -213,6 +213,32 @@ class Master:
             for llm, (speeds, units) in enumerate(zip(problem.speeds, problem.units, strict=True))
         ]
         return bound + float(sum(table.min() for table in costs)), costs
+
+
+def can_pack(units: Sequence[Ints], budgets: Ints) -> bool:
+    """Whether one row of each table fits into the budgets together; exact, by HiGHS."""
+    highs = highspy.Highs()
+    highs.setOptionValue("output_flag", False)  # noqa: FBT003 - HiGHS takes its options by position
+    highs.setOptionValue("threads", 1)
+    infinity = highspy.kHighsInf
+    # The least excess over all budgets is 0 where everything fits.
+    for _ in budgets:
+        highs.addCol(1.0, 0.0, infinity, 0, _NO_INDEX, _NO_VALUE)
+    first = len(budgets)
+    sizes = [len(table) for table in units]
+    columns = np.arange(first, first + sum(sizes), dtype=np.int32)
+    nothing, ones = np.zeros(len(columns)), np.ones(len(columns))
+    highs.addCols(len(columns), nothing, nothing, ones, 0, np.zeros(len(columns), dtype=np.int32), _NO_INDEX, _NO_VALUE)
+    for chosen in np.split(columns, np.cumsum(sizes)[:-1]):
+        highs.addRow(1.0, 1.0, len(chosen), chosen, np.ones(len(chosen)))
+    for number, budget in enumerate(budgets.tolist()):
+        taken = np.concatenate([table[:, number] for table in units]).astype(float)
+        highs.addRow(-infinity, budget, len(columns) + 1, np.append(columns, np.int32(number)), np.append(taken, -1.0))
+    highs.changeColsIntegrality(len(columns), columns, np.full(len(columns), highspy.HighsVarType.kInteger))
+    highs.run()
+    return highs.getModelStatus() == highspy.HighsModelStatus.kOptimal and bool(
+        highs.getInfo().objective_function_value < 0.5
+    )
 
 
 _NO_INDEX = np.array([], dtype=np.int32)

@@ -18,6 +18,7 @@ from scepsy_optimizer.allocation import (
     MAX_UTILISATION,
     UNITS_PER_DEVICE,
     Floats,
+    Ints,
     Option,
     OptionTable,
     evaluate_groups,
@@ -27,8 +28,8 @@ from scepsy_optimizer.branching import minimise
 from scepsy_optimizer.cluster import Cluster
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.makespans import Makespans
-from scepsy_optimizer.master import Problem
-from scepsy_optimizer.options import capacity_by_units, list_options, make_offer
+from scepsy_optimizer.master import Problem, can_pack
+from scepsy_optimizer.options import capacity_by_units, list_counts, list_options, make_offer
 from scepsy_optimizer.profile import LLMProfile, Profiles, profiles_of
 from scepsy_optimizer.requirements import (
     NO_REQUIREMENTS,
@@ -107,19 +108,11 @@ def find_allocation(
     makespans = Makespans(workload)
     groups = _group(workload, requirements)
     offered = [tables[llm] for llm in makespans.llms]
-    types = cluster.device_types if len(cluster.device_types) > 1 else ("",)
-    units = [np.column_stack([table.units_of(name) for name in types]) for table in offered]
-    limits = [cluster.devices_of(name) * UNITS_PER_DEVICE for name in cluster.device_types]
-    whole = budget_units(cluster, max_units)
-    if len(limits) == 1:
-        limits = [whole]
-    elif whole < sum(limits):
-        units = [np.column_stack([columns, columns.sum(axis=1)]) for columns in units]
-        limits.append(whole)
+    units, budgets = _budgets([_units_by_type(table, cluster) for table in offered], cluster, max_units)
     problem = Problem(
         speeds=[table.speeds for table in offered],
         units=units,
-        budgets=np.array(limits),
+        budgets=budgets,
         group_weights=groups.weights,
         limited=groups.limited,
         limits_s=groups.limits_s,
@@ -199,8 +192,10 @@ def list_tables(
 
     None where they do not all fit.
     """
-    needs = _unit_needs(workload, profiles, cluster, max_utilisation, requirements)
-    fewest = {demand.llm: needs[demand.llm](rate_rps * demand.visits) for demand in workload.demands}
+    fewest = dict.fromkeys((demand.llm for demand in workload.demands), 0.0)
+    if len(cluster.device_types) == 1:
+        needs = _unit_needs(workload, profiles, cluster, max_utilisation, requirements)
+        fewest = {demand.llm: needs[demand.llm](rate_rps * demand.visits) for demand in workload.demands}
     spare = budget_units(cluster, max_units) - sum(fewest.values())
     if spare < 0:
         return None
@@ -221,6 +216,8 @@ def list_tables(
             max_utilisation=max_utilisation,
         )
         tables[demand.llm] = table.select(admitted_rows(required, cluster, replicas=table.replicas, units=table.units))
+        if len(tables[demand.llm]) == 0:
+            return None
     return tables
 
 
@@ -239,6 +236,8 @@ def highest_rate(
     the LLMs do not even fit at the lowest rate.
     """
     _check(workload, profiles, 1.0)
+    if len(cluster.device_types) > 1:
+        return _highest_rate_over_types(workload, profiles, cluster, max_units, max_utilisation, requirements)
     units = budget_units(cluster, max_units)
     needs = _unit_needs(workload, profiles, cluster, max_utilisation, requirements)
     visits = {demand.llm: demand.visits for demand in workload.demands}
@@ -246,8 +245,7 @@ def highest_rate(
     def need(rate_rps: float) -> float:
         return sum(needs[llm](rate_rps * visits[llm]) for llm in needs)
 
-    low = 0.0
-    if need(low) > units:
+    if need(0.0) > units:
         floors = {llm: needs[llm](0.0) / UNITS_PER_DEVICE for llm in needs}
         if homeless := [llm for llm, least in floors.items() if least == float("inf")]:
             raise ScepsyError(
@@ -259,20 +257,91 @@ def highest_rate(
             f"the LLMs do not fit into {units / UNITS_PER_DEVICE:g} devices even without load; least devices: {floor}. "
             "Use a larger cluster or smaller models"
         )
-    high = 1.0
-    while need(high) <= units:
+    low, high = _limit_of(lambda rate_rps: need(rate_rps) <= units)
+    # Past the limit, the LLM that asks for more units than at it is the one in the way.
+    steps = {llm: needs[llm](high * 1.000001 * visits[llm]) - needs[llm](low * visits[llm]) for llm in needs}
+    return low, max(steps, key=lambda llm: steps[llm])
+
+
+def _limit_of(is_reached: Callable[[float], bool]) -> tuple[float, float]:
+    """The highest rate that is reached and the lowest that is not, one part in a million apart."""
+    low, high = 0.0, 1.0
+    while is_reached(high):
         low, high = high, high * 2
     for _ in range(60):
         middle = (low + high) / 2
-        if need(middle) <= units:
+        if is_reached(middle):
             low = middle
         else:
             high = middle
         if high - low <= 1e-6 * high:
             break
-    # Past the limit, the LLM that asks for more units than at it is the one in the way.
-    steps = {llm: needs[llm](high * 1.000001 * visits[llm]) - needs[llm](low * visits[llm]) for llm in needs}
-    return low, max(steps, key=lambda llm: steps[llm])
+    return low, high
+
+
+def _highest_rate_over_types(
+    workload: Workload,
+    profiles: Profiles,
+    cluster: Cluster,
+    max_units: int | None,
+    max_utilisation: float,
+    requirements: Requirements,
+) -> tuple[float, str]:
+    """`highest_rate` where devices of one type do not stand for those of another."""
+    visits = {demand.llm: demand.visits for demand in workload.demands}
+    whole = budget_units(cluster, max_units)
+
+    def is_reached(rates_rps: Mapping[str, float]) -> bool:
+        taken = []
+        for demand in workload.demands:
+            required = requirements.of_llm(demand.llm)
+            offered = _offered_profiles(profiles, demand.llm, cluster, required)
+            needed_rps = rates_rps[demand.llm] * demand.visits / max_utilisation
+            offer = make_offer(demand, offered, cluster)
+            if required.fixed:
+                table = table_of(demand, offered, required.fixed, calls_rps=1e-9, max_utilisation=1.0)
+                if table.max_rps[0] < needed_rps * (1 - 1e-9):
+                    return False
+                taken.append(_units_by_type(table, cluster))
+                continue
+            counts = list_counts(offer, needed_rps=needed_rps, max_units=min(whole, max_units_of(required, cluster)))
+            units = offer.units_by_type(counts)
+            admitted = admitted_rows(required, cluster, replicas=counts.sum(axis=1), units=units.sum(axis=1))
+            if not admitted.any():
+                return False
+            taken.append(np.unique(units[admitted], axis=0))
+        taken, budgets = _budgets(taken, cluster, max_units)
+        return can_pack(taken, budgets)
+
+    def at(rate_rps: float) -> dict[str, float]:
+        return dict.fromkeys(visits, rate_rps)
+
+    if not is_reached(at(0.0)):
+        raise ScepsyError(
+            f"the LLMs do not fit into {whole / UNITS_PER_DEVICE:g} {cluster.device_type} even without load: use a "
+            "larger cluster or smaller models"
+        )
+    low, high = _limit_of(lambda rate_rps: is_reached(at(rate_rps)))
+    in_the_way = [llm for llm in visits if not is_reached(at(low) | {llm: high})]
+    return low, (in_the_way or list(visits))[0]
+
+
+def _units_by_type(table: OptionTable, cluster: Cluster) -> Ints:
+    """Tenths of a device that each option takes, a column per device type."""
+    types = cluster.device_types if len(cluster.device_types) > 1 else ("",)
+    return np.column_stack([table.units_of(name) for name in types])
+
+
+def _budgets(units: list[Ints], cluster: Cluster, max_units: int | None) -> tuple[list[Ints], Ints]:
+    """What options take of each budget, and the budgets: one per device type, and one for all where that is less."""
+    limits = [cluster.devices_of(name) * UNITS_PER_DEVICE for name in cluster.device_types]
+    whole = budget_units(cluster, max_units)
+    if len(limits) == 1:
+        limits = [whole]
+    elif whole < sum(limits):
+        units = [np.column_stack([columns, columns.sum(axis=1)]) for columns in units]
+        limits.append(whole)
+    return units, np.array(limits)
 
 
 def _unit_needs(
