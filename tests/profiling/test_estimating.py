@@ -92,6 +92,62 @@ def test_a_directory_of_another_architecture_is_estimated_as_a_llama(tmp_path):
     assert mistral.at(1) == llama.at(1)
 
 
+REFUSED = {
+    # Architectures that the library does not know, with the weights that are published for them, in GiB of 16 bits.
+    "Phi-3-mini": (
+        {"architectures": ["Phi3ForCausalLM"], "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32}
+        | {"num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32064, "max_position_embeddings": 4096}
+        | {"tie_word_embeddings": False, "hidden_act": "silu"},
+        7.12,
+    ),
+    "Gemma-2-9b": (
+        {"architectures": ["Gemma2ForCausalLM"], "hidden_size": 3584, "intermediate_size": 14336, "head_dim": 256}
+        | {"num_hidden_layers": 42, "num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 256000}
+        | {"max_position_embeddings": 8192, "hidden_act": "gelu_pytorch_tanh", "model_type": "gemma2"},
+        17.2,
+    ),
+    "Qwen3-Reranker-0.6B": (
+        {"architectures": ["Qwen3ForSequenceClassification"], "hidden_size": 1024, "intermediate_size": 3072}
+        | {"num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
+        | {"vocab_size": 151669, "max_position_embeddings": 40960, "tie_word_embeddings": True},
+        1.11,
+    ),
+    "bge-reranker-v2-m3": (
+        {"architectures": ["XLMRobertaForSequenceClassification"], "hidden_size": 1024, "intermediate_size": 4096}
+        | {"num_hidden_layers": 24, "num_attention_heads": 16, "vocab_size": 250002, "max_position_embeddings": 8194}
+        | {"hidden_act": "gelu"},
+        1.06,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_architectures_that_the_library_refuses(name, tmp_path):
+    config, published_gib = REFUSED[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    kernels, data_sheet = (estimate(str(tmp_path), device, tensor_parallel_sizes=(1,)) for device in ("H100", "L4"))
+    # No attention with 8 key heads of 256, nor with 16 of 128, has been measured.
+    assert ("roofline" if name.startswith("Gemma") else "aiconfigurator") in kernels.provenance.tool
+    assert "roofline" in data_sheet.provenance.tool
+    for profile in (kernels, data_sheet):
+        assert profile.at(1).weights_gib == pytest.approx(published_gib, rel=0.03)
+        assert profile.max_model_len == min(32768, config["max_position_embeddings"])
+    # An encoder keeps no keys and values, so that contexts cost it nothing.
+    assert (kernels.at(1).kv_bytes_per_token == 1.0) == name.startswith("bge")
+
+
+def test_the_tables_reach_as_far_as_the_model(tmp_path):
+    config = REFUSED["Qwen3-Reranker-0.6B"][0] | {"max_position_embeddings": 100_000}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for device in ("H100", "A30"):
+        profile = estimate(str(tmp_path), device, tensor_parallel_sizes=(1,), max_model_len=131072)
+        assert profile.max_model_len == 100_000
+        assert profile.at(1).context_tokens[-2:] == (65536, 131072)
+        assert profile.at(1).prefill_tokens[-2:] == (65536, 131072)
+        # Attention makes a prompt of double length cost more than double.
+        assert profile.at(1).prefill_s[-1] > 2.5 * profile.at(1).prefill_s[-2]
+
+
 def test_an_ungated_mlp_becomes_a_narrower_gated_one():
     config = {
         "architectures": ["BertModel"],

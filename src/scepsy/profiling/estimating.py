@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from importlib.metadata import version
@@ -10,7 +11,7 @@ from typing import Literal
 
 from scepsy.profiling.cache import cached_profile
 from scepsy.profiling.checkpoint import Checkpoint, find_checkpoint
-from scepsy.profiling.kernels import SYSTEMS, Kernels, maps_to_known, measured_kernels, provenance_of
+from scepsy.profiling.kernels import SYSTEMS, Kernels, NotMeasuredError, maps_to_known, measured_kernels, provenance_of
 from scepsy.profiling.memory import kv_bytes_per_token, overhead_gib, weights_gib
 from scepsy.profiling.roofline import DEVICES, roofline_kernels
 from scepsy.profiling.shape import ModelShape, shape_of
@@ -21,6 +22,7 @@ from scepsy_optimizer.profile import GIB, LLMProfile, Provenance, StepTimes
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CONTEXT_TOKENS = (256, 1024, 4096, 16384, 32768)
 PREFILL_TOKENS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+"""Grids of every estimate; for models of longer contexts they go on by doubling, so that nothing is extrapolated."""
 
 HOST_S = 0.0003
 """What the engine's own work adds to every step where it is overlapped with the device's (vLLM 0.14 and newer).
@@ -71,50 +73,65 @@ def estimate(
     the model have been measured. Tensor-parallel sizes that the model's heads cannot be split into are left out;
     `max_model_len` is cut to what the model was made for. `date` goes into the provenance (default: today). Answers
     are kept on disk. Raises ScepsyError for an unknown model or device type, and where kernels are asked for and
-    aiconfigurator-core is not installed.
+    aiconfigurator-core is not installed or, with `method`, does not know them.
     """
     device = known_device(device_type)
-    method = method or ("kernels" if device in SYSTEMS else "roofline")
-    if device not in METHODS[method]:
+    wanted: Method = method or ("kernels" if device in SYSTEMS else "roofline")
+    if device not in METHODS[wanted]:
         raise ScepsyError(
-            f"no {method} of {device}: it has {' and '.join(name for name in METHODS if device in METHODS[name])}"
+            f"no {wanted} of {device}: it has {' and '.join(name for name in METHODS if device in METHODS[name])}"
         )
-    tool, engine = f"scepsy {version('scepsy')} roofline", "vllm"
-    kernels = provenance_of(device) if method == "kernels" else None
+    sources = {"roofline": (f"scepsy {version('scepsy')} roofline", "vllm")}
+    if wanted == "kernels":
+        sources["kernels"] = provenance_of(device)
     checkpoint = find_checkpoint(model)
     shape = shape_of(checkpoint.config, quantization=quantization)
-    if kernels is not None and maps_to_known(shape):
-        tool, engine = kernels
-    else:
-        method = "roofline"
+    if wanted == "kernels" and not maps_to_known(shape):
+        wanted = "roofline"
+    longest = min(max_model_len, shape.max_position)
 
     def make() -> LLMProfile:
-        times = _kernels(method, checkpoint, shape, device, tensor_parallel_sizes, max_num_seqs, quantization)
+        grids = _Grids(
+            batch_sizes=tuple(size for size in BATCH_SIZES if size <= max(max_num_seqs, BATCH_SIZES[0])),
+            context_tokens=_reaching(CONTEXT_TOKENS, longest),
+            prefill_tokens=_reaching(PREFILL_TOKENS, longest),
+        )
+        found_by = wanted
+        try:
+            times = _kernels(wanted, checkpoint, shape, device, tensor_parallel_sizes, grids, quantization)
+        except NotMeasuredError:
+            if method is not None:
+                raise
+            found_by = "roofline"
+            times = _kernels(found_by, checkpoint, shape, device, tensor_parallel_sizes, grids, quantization)
+        tool, engine = sources[found_by]
         limits = max_num_seqs, max_num_batched_tokens, max(0.0, HOST_FLOOR_S - host_s)
         return LLMProfile(
             llm=llm or model,
             model=model,
             device_type=device,
             device_memory_gib=DEVICE_MEMORY_GIB[device],
-            steps=tuple(_step_times(size, found, checkpoint, shape, *limits) for size, found in sorted(times.items())),
+            steps=tuple(
+                _step_times(size, found, grids, checkpoint, shape, *limits) for size, found in sorted(times.items())
+            ),
             provenance=Provenance(
                 source="estimate",
                 tool=tool,
                 engine=engine,
                 date=date or datetime.now(UTC).date().isoformat(),
-                note=NOTES[method],
+                note=NOTES[found_by],
             ),
             host_s=host_s,
             request_s=request_s,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
-            max_model_len=min(max_model_len, shape.max_position),
+            max_model_len=longest,
         )
 
     question = {
         "scepsy": version("scepsy"),
-        "tool": tool,
-        "engine": engine,
+        "sources": sources,
+        "method": [method, wanted],
         "model": model,
         "config": dict(checkpoint.config),
         "weights_bytes": checkpoint.weights_bytes,
@@ -128,24 +145,39 @@ def estimate(
     return cached_profile(question, llm or model, make)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Grids:
+    """Where step times are taken."""
+
+    batch_sizes: tuple[int, ...]
+    context_tokens: tuple[int, ...]
+    prefill_tokens: tuple[int, ...]
+
+
+def _reaching(grid: tuple[int, ...], longest: int) -> tuple[int, ...]:
+    """The grid, doubled on until it reaches so far."""
+    while grid[-1] < longest:
+        grid = (*grid, 2 * grid[-1])
+    return grid
+
+
 def _kernels(
     method: Method,
     checkpoint: Checkpoint,
     shape: ModelShape,
     device: str,
     sizes: Sequence[int],
-    max_num_seqs: int,
+    grids: _Grids,
     quantization: str | None,
 ) -> dict[int, Kernels]:
-    batch_sizes = [size for size in BATCH_SIZES if size <= max(max_num_seqs, BATCH_SIZES[0])]
     if method == "roofline":
         found = roofline_kernels(
             shape,
             DEVICES[device],
             tensor_parallel_sizes=sizes,
-            batch_sizes=batch_sizes,
-            context_tokens=CONTEXT_TOKENS,
-            prefill_tokens=PREFILL_TOKENS,
+            batch_sizes=grids.batch_sizes,
+            context_tokens=grids.context_tokens,
+            prefill_tokens=grids.prefill_tokens,
         )
         if not found:
             raise ScepsyError(
@@ -157,9 +189,9 @@ def _kernels(
         shape,
         device,
         tensor_parallel_sizes=sizes,
-        batch_sizes=batch_sizes,
-        context_tokens=CONTEXT_TOKENS,
-        prefill_tokens=PREFILL_TOKENS,
+        batch_sizes=grids.batch_sizes,
+        context_tokens=grids.context_tokens,
+        prefill_tokens=grids.prefill_tokens,
         quantization=quantization,
     )
 
@@ -181,6 +213,7 @@ def known_device(device_type: str) -> str:
 def _step_times(
     size: int,
     kernels: Kernels,
+    grids: _Grids,
     checkpoint: Checkpoint,
     shape: ModelShape,
     max_num_seqs: int,
@@ -193,10 +226,10 @@ def _step_times(
         weights *= checkpoint.weights_bytes / GIB / weights_gib(shape, 1)
     return StepTimes(
         tensor_parallel_size=size,
-        batch_sizes=BATCH_SIZES[: len(kernels.decode_s)],
-        context_tokens=CONTEXT_TOKENS,
+        batch_sizes=grids.batch_sizes,
+        context_tokens=grids.context_tokens,
         decode_s=tuple(tuple(rounded(max(value, floor_s)) for value in row) for row in kernels.decode_s),
-        prefill_tokens=PREFILL_TOKENS,
+        prefill_tokens=grids.prefill_tokens,
         prefill_s=tuple(rounded(max(value, floor_s)) for value in kernels.prefill_s),
         weights_gib=round(weights, 2),
         overhead_gib=round(

@@ -37,8 +37,15 @@ SYSTEMS: Mapping[str, str] = {
 
 INSTALL = "pip install 'scepsy[estimate]'"
 
+_HEAD_DIMS = (64, 128)
+"""Attention has been measured at these on every device."""
+
 _BACKEND = "vllm"
 _BACKEND_VERSION = "current"
+
+
+class NotMeasuredError(ScepsyError):
+    """The library has no measured kernels of a model on a device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +80,7 @@ def measured_kernels(
 ) -> dict[int, Kernels]:
     """Forward times by tensor parallelism; sizes that the model cannot be split into are left out.
 
-    Raises ScepsyError where the library is missing or refuses the model on the device at every size.
+    Raises ScepsyError where the library is missing, NotMeasuredError where it refuses the model at every size.
     """
     _import()
     found: dict[int, Kernels] = {}
@@ -95,7 +102,7 @@ def measured_kernels(
                 refusals[size] = f"{type(error).__name__}: {error}".splitlines()[0]
     if not found:
         size, reason = next(iter(refusals.items()))
-        raise ScepsyError(
+        raise NotMeasuredError(
             f"aiconfigurator-core has no step times of {checkpoint.model!r} ({shape.architecture}) on {device_type} "
             f"at tensor_parallel_size {size}: {reason}"
         )
@@ -178,6 +185,7 @@ def accepted_config(config: Mapping[str, Any], shape: ModelShape) -> dict[str, A
 
     if shape.architecture in ARCHITECTURE_TO_MODEL_FAMILY:
         return dict(config)
+    width = _head_dim(shape)
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -185,15 +193,27 @@ def accepted_config(config: Mapping[str, Any], shape: ModelShape) -> dict[str, A
         "hidden_size": shape.hidden,
         "intermediate_size": shape.intermediate if shape.gated else round(shape.intermediate * 2 / 3),
         "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.head_dim,
+        "num_attention_heads": shape.heads * shape.head_dim // width,
+        "num_key_value_heads": shape.kv_heads * shape.head_dim // width,
+        "head_dim": width,
         "vocab_size": shape.vocab,
         "max_position_embeddings": shape.max_position,
         "tie_word_embeddings": shape.tied_embeddings,
         "torch_dtype": "bfloat16",
         **{key: config[key] for key in ("quantization_config",) if config.get(key)},
     }
+
+
+def _head_dim(shape: ModelShape) -> int:
+    """The shape's head dimension, or the nearest measured one that its heads can be cut into.
+
+    Two heads of 128 cost what one of 256 does: the matrices, the keys and values and their products stay the same.
+    """
+    for width in (shape.head_dim, *sorted(_HEAD_DIMS, key=lambda width: abs(width - shape.head_dim))):
+        cut = (shape.heads * shape.head_dim) % width == (shape.kv_heads * shape.head_dim) % width == 0
+        if width in _HEAD_DIMS and cut:
+            return width
+    return shape.head_dim
 
 
 @contextmanager

@@ -101,11 +101,11 @@ def shape_of(config: Mapping[str, Any], *, quantization: str | None = None) -> M
             raise ScepsyError(f"config.json of a {architecture}: {names[0]} is missing; it is needed for its size")
         return default
 
-    hidden = size("hidden_size", "n_embd", "d_model")
-    heads = size("num_attention_heads", "n_head")
+    hidden = size("hidden_size", "n_embd", "d_model", "dim")
+    heads = size("num_attention_heads", "n_head", "n_heads")
     experts = size("num_experts", "num_local_experts", "n_routed_experts", default=0)
-    intermediate = size("intermediate_size", "n_inner", "ffn_dim", default=4 * hidden)
-    layers = size("num_hidden_layers", "n_layer")
+    intermediate = size("intermediate_size", "n_inner", "ffn_dim", "hidden_dim", default=4 * hidden)
+    layers = size("num_hidden_layers", "n_layer", "n_layers")
     linear_bytes, expert_bytes = _weight_bytes(text, quantization)
     return ModelShape(
         architecture=architecture,
@@ -132,7 +132,10 @@ def shape_of(config: Mapping[str, Any], *, quantization: str | None = None) -> M
     )
 
 
-ENCODERS = ("Bert", "Roberta", "XLMRoberta", "ModernBert", "DistilBert", "NewModel", "NomicBert")
+ENCODERS = (
+    *("Bert", "Roberta", "XLMRoberta", "ModernBert", "DistilBert", "NewModel", "NomicBert"),
+    *("Albert", "Deberta", "Electra", "Gte", "JinaRoberta"),
+)
 """How the architectures of bidirectional encoders (embedders, rerankers) begin."""
 
 
