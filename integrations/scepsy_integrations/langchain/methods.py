@@ -25,8 +25,8 @@ def hook_methods(base: type, names: tuple[str, ...], start: Start) -> None:
         return
     safe_start = harmless(start)
 
-    def made(cls: type, **kwargs: Any) -> None:
-        super(base, cls).__init_subclass__(**kwargs)
+    def made(cls: Any, /, **kwargs: Any) -> None:
+        super(base, cls).__init_subclass__(**kwargs)  # type: ignore[arg-type] # mypy wants a class it knows by name
         _hook(cls, names, safe_start)
 
     base.__init_subclass__ = classmethod(made)  # type: ignore[assignment] # mypy knows it as a bound method
@@ -40,13 +40,14 @@ def restore_methods(base: type, names: tuple[str, ...]) -> None:
         del base.__init_subclass__
     for kind in (base, *_below(base)):
         for name in names:
-            method = vars(kind).get(name)
+            method: Any = vars(kind).get(name)
             original = getattr(method, _ORIGINAL, None)
             if original is not None and method.__wrapped__ is original:
                 setattr(kind, name, original)
 
 
 def _below(base: type) -> Iterator[type]:
+    kind: type
     for kind in base.__subclasses__():
         yield kind
         yield from _below(kind)
