@@ -40,7 +40,8 @@ class CallShape:
 
     `overlap` is the mean number of calls of one execution that run together. `context_tokens` is the mean context of a
     token being decoded, `prompt_pairs` the mean of what attention computes for a prompt, input^2 - cached^2; 0 stands
-    for what they are where all calls are alike. `output_cv` is the coefficient of variation of the output tokens.
+    for what they are where all calls are alike. `output_cv` is the coefficient of variation of the output tokens,
+    `burst` the mean number of calls of one execution that start together, as a call sees it.
     """
 
     input_tokens: float
@@ -51,6 +52,7 @@ class CallShape:
     context_tokens: float = 0.0
     prompt_pairs: float = 0.0
     output_cv: float = 1.0
+    burst: float = 1.0
 
     @property
     def computed_tokens(self) -> float:
@@ -95,6 +97,7 @@ class CallShape:
             context_tokens=demand.context_tokens,
             prompt_pairs=demand.prompt_pairs,
             output_cv=demand.output_cv,
+            burst=demand.burst,
         )
 
 
@@ -253,7 +256,7 @@ def _solve(
     """Columns of `LoadedSpeeds` for rates below saturation, with `own` calls of one execution together."""
     profile, clock, shape = replica.profile, replica.clock, replica.shape
     prompt, tokens = shape.computed_tokens, shape.generated_tokens
-    burst = 2 * own - 1
+    burst = 1 + (np.maximum(1.0, shape.burst) - 1) / sharing
     is_decoding = tokens > 1
     contention = np.ones(rates.shape)
     bend_s = np.zeros(rates.shape)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from scepsy_optimizer.executions import Execution
+from scepsy_optimizer.executions import Execution, Span
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +44,22 @@ def shape_of(execution: Execution) -> Shape:
         recursion=recursion,
         rounds=max((_most_in_a_row(found) for found in groups.values()), default=0),
     )
+
+
+def burst_squares(spans: Iterable[Span]) -> int:
+    """Sum of the squared sizes of the bursts among the calls of one LLM in one execution.
+
+    A burst are calls that start together: before the first of them has run a tenth of its time.
+    """
+    total = size = 0
+    until_s = float("-inf")
+    for span in sorted(spans, key=lambda span: span.start_s):
+        if span.start_s > until_s:
+            total += size * size
+            size = 0
+            until_s = span.start_s + span.duration_s / 10
+        size += 1
+    return total + size * size
 
 
 def _most_at_once(intervals: list[tuple[float, float]]) -> int:

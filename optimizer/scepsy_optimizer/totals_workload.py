@@ -115,4 +115,5 @@ class _Mixture:
             context_tokens=self.mean(Sum.DECODED_CONTEXT_TWICE, llm) / 2 / self.mean(Sum.DECODED_TOKENS, llm),
             prompt_pairs=self.mean(Sum.PROMPT_PAIRS, llm) / visits,
             output_cv=self.cv(Sum.OUTPUT_TOKENS, Sum.OUTPUT_TOKENS_SQUARED, Sum.CALLS, llm, count_names=(llm,)),
+            burst=self.mean(Sum.BURST_SQUARES, llm) / visits,
         )

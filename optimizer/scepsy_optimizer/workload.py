@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.executions import Execution, Span
+from scepsy_optimizer.shape import burst_squares
 from scepsy_optimizer.timeline import Timeline, compile_timeline
 
 
@@ -23,7 +24,8 @@ class LLMDemand:
     one of them runs, that one included (each within one execution). `longest_tokens` is the
     largest context of a call, `context_tokens` the mean context of a token being decoded, `prompt_pairs` the mean of
     input^2 - cached^2 tokens (what attention computes for a prompt), `output_cv` the coefficient of variation of the
-    output tokens; 0 where these are not known. `service_s` is the service demand: time of its calls per execution,
+    output tokens; 0 where these are not known. `burst` is how many calls of one execution start at once, on average as
+    a call sees it, itself included. `service_s` is the service demand: time of its calls per execution,
     without what is known to be queueing. `share` is its part of all LLMs' service time, sum over
     executions by sum over executions, with the 95 % bootstrap interval; `share_cv` is the coefficient of variation of
     the share among executions. `critical_visits` counts its calls on the critical path, as traced.
@@ -47,6 +49,7 @@ class LLMDemand:
     context_tokens: float = 0.0
     prompt_pairs: float = 0.0
     output_cv: float = 0.0
+    burst: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,6 +204,8 @@ def _demand(
         context_tokens=float(decoded @ (inputs + outputs / 2) / decoded.sum()),
         prompt_pairs=float(parts @ (inputs**2 - cached**2)),
         output_cv=_cv(outputs, parts),
+        burst=sum(burst_squares(found) * weight for found, weight in zip(per_run, weights.tolist(), strict=True))
+        / visits,
     )
 
 
