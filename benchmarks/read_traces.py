@@ -2,8 +2,9 @@
 
 `python -m benchmarks.read_traces [SPANS]` writes a file of a million spans (or SPANS) in each dialect and reads it in a
 process of its own, pinned to one core. Bound: at most 1.5 times the time of `json.loads` on every line, under 1 GiB.
-Times are the process's own, so that what else the machine does counts little. For protobuf the plain parsing beside it
-is that of the same spans in JSON.
+Times are the process's own, without imports, so that what else the machine does counts little. For protobuf the plain
+parsing beside it is that of the same spans in JSON. Last, the totals of one dialect's executions are taken, of a tenth
+of the file and of all of it: the memory must not grow.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from benchmarks.outcome import Bound, finish
 
 SPANS = 1_000_000
@@ -26,6 +29,7 @@ PER_EXECUTION = 20
 PER_LINE = 100
 BOUND_TIME = 1.5
 BOUND_GIB = 1.0
+BOUND_GROWTH = 1.5
 
 Attributes = dict[str, Any]
 
@@ -39,6 +43,7 @@ def scepsy(index: int, *, call: bool) -> Attributes:
         "gen_ai.operation.name": "chat",
         "gen_ai.request.model": "meta-llama/Llama-3.1-8B-Instruct",
         "scepsy.role": "solver",
+        "gen_ai.provider.name": "openai",
         "server.address": "127.0.0.1",
         "server.port": 8000,
         "gen_ai.response.model": "meta-llama/Llama-3.1-8B-Instruct",
@@ -211,32 +216,69 @@ def _any(value: Any) -> dict[str, Any]:
     return {"stringValue": value}
 
 
+def write(path: Path, dialect: Callable[..., Attributes], spans: int) -> None:
+    """A file of OTLP/JSON lines."""
+    with path.open("wb") as out:
+        for request in requests(dialect, spans):
+            out.write(msgspec.json.encode(request) + b"\n")
+
+
 def write_protobuf(source: Path, target: Path) -> None:
     """The same requests as the Collector writes them in protobuf."""
-    from google.protobuf import json_format
-    from opentelemetry.proto.trace.v1.trace_pb2 import TracesData
+    from opentelemetry.proto.common.v1.common_pb2 import AnyValue, ArrayValue, InstrumentationScope, KeyValue
+    from opentelemetry.proto.resource.v1.resource_pb2 import Resource
+    from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Span, TracesData
+
+    def value_of(written: dict[str, Any]) -> AnyValue:
+        ((kind, value),) = written.items()
+        match kind:
+            case "stringValue":
+                return AnyValue(string_value=value)
+            case "intValue":
+                return AnyValue(int_value=int(value))
+            case "boolValue":
+                return AnyValue(bool_value=value)
+            case "doubleValue":
+                return AnyValue(double_value=value)
+            case _:
+                return AnyValue(array_value=ArrayValue(values=map(value_of, value["values"])))
+
+    def attributes_of(written: list[dict[str, Any]]) -> list[KeyValue]:
+        return [KeyValue(key=pair["key"], value=value_of(pair["value"])) for pair in written]
 
     with source.open("rb") as lines, target.open("wb") as out:
         for line in lines:
-            data = TracesData()
-            request = json.loads(line)
-            for group in request["resourceSpans"]:
-                for scope in group["scopeSpans"]:
-                    for span in scope["spans"]:
-                        # Protobuf's own JSON has bytes in base 64: ids are set beside it.
-                        ids = span.pop("traceId"), span.pop("spanId"), span.pop("parentSpanId", "")
-                        span["name"] = "|".join((*ids, span["name"]))
-            json_format.ParseDict(request, data)
-            for span in data.resource_spans[0].scope_spans[0].spans:
-                trace, own, parent, span.name = span.name.split("|")
-                span.trace_id, span.span_id, span.parent_span_id = map(bytes.fromhex, (trace, own, parent))
-            message = data.SerializeToString()
-            out.write(len(message).to_bytes(4) + message)
+            (groups,) = json.loads(line).values()
+            (group,) = groups
+            (inner,) = group["scopeSpans"]
+            spans = [
+                Span(
+                    trace_id=bytes.fromhex(span["traceId"]),
+                    span_id=bytes.fromhex(span["spanId"]),
+                    parent_span_id=bytes.fromhex(span.get("parentSpanId", "")),
+                    flags=span["flags"],
+                    name=span["name"],
+                    kind=span["kind"],
+                    start_time_unix_nano=int(span["startTimeUnixNano"]),
+                    end_time_unix_nano=int(span["endTimeUnixNano"]),
+                    attributes=attributes_of(span["attributes"]),
+                )
+                for span in inner["spans"]
+            ]
+            resource = Resource(attributes=attributes_of(group["resource"]["attributes"]))
+            scope = ScopeSpans(scope=InstrumentationScope(**inner["scope"]), spans=spans)
+            message = TracesData(resource_spans=[ResourceSpans(resource=resource, scope_spans=[scope])])
+            encoded = message.SerializeToString()
+            out.write(len(encoded).to_bytes(4) + encoded)
 
 
 def child(what: str, path: Path) -> None:
-    """Read or parse one file in this process, and print seconds, peak memory and what came out."""
+    """Parse, read or add up one file in this process, and print seconds, peak memory and what came out."""
+    from scepsy.traces import Tally, iter_executions
+    from scepsy_optimizer.totals import total
+
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    tally = Tally()
     begin = time.process_time()
     if what == "plain":
         count = 0
@@ -244,13 +286,12 @@ def child(what: str, path: Path) -> None:
             for line in lines:
                 json.loads(line)
                 count += 1
-    else:
-        from scepsy.traces import Tally, iter_executions
-
-        tally = Tally()
+    elif what == "read":
         count = sum(len(execution.calls) for execution in iter_executions([path], tally))
-        assert not tally.dropped, tally.dropped
+    else:
+        count = total(iter_executions([path], tally)).calls
     seconds = time.process_time() - begin
+    assert not tally.dropped, tally.dropped
     print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, count]))
 
 
@@ -275,9 +316,7 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory() as directory:
         for name, dialect in DIALECTS.items():
             path = Path(directory) / f"{name}.jsonl"
-            with path.open("w", encoding="utf-8") as out:
-                for request in requests(dialect, spans):
-                    out.write(json.dumps(request, separators=(",", ":")) + "\n")
+            write(path, dialect, spans)
             plain_s, _, _ = measure("plain", path)
             rows = [(name, path)]
             if dialect is opentelemetry:
@@ -295,6 +334,16 @@ def main(argv: list[str]) -> int:
                     f"{spans / read_s:9,.0f} {gib:9.2f}"
                 )
                 file.unlink()
+        print("totals of the executions: spans, seconds, peak GiB")
+        peaks = {}
+        for number in (spans // 10, spans):
+            path = Path(directory) / "totals.jsonl"
+            write(path, scepsy, number)
+            seconds, peaks[number], _ = measure("totals", path)
+            print(f"{number:>15,} {seconds:8.1f} {peaks[number]:9.2f}")
+        bounds.append(Bound(name="totals: peak GiB", value=peaks[spans], at_most=BOUND_GIB))
+        growth = peaks[spans] / peaks[spans // 10]
+        bounds.append(Bound(name="totals: peak at ten times the spans", value=growth, at_most=BOUND_GROWTH))
     return finish("read_traces", bounds, {"spans": spans, "spans_per_s": speeds})
 
 
