@@ -72,6 +72,9 @@ class _Search:
         self._best_s = float("inf")
         self._explored = 0
         self._bound_s = -float("inf")
+        # The best bound of the relaxation and every option's cost at its duals: these belong together, while
+        # `_bound_s` may come from a tangent of the guess.
+        self._relaxed_s = -float("inf")
         self._costs: list[Floats] = []
 
     @property
@@ -158,7 +161,7 @@ class _Search:
 
         Only options within a window above the least cost are looked at; the window grows until no other could matter.
         """
-        relaxed_s, window_s = self._bound_s, 0.0
+        relaxed_s, window_s = self._relaxed_s, 0.0
         while self.has_gap and relaxed_s + window_s < self._best_s * (1 - self._gap):
             window_s = max(_WINDOW_GROWTH * window_s, _WINDOW * abs(relaxed_s))
             window_s = min(window_s, self._best_s - relaxed_s)
@@ -252,8 +255,9 @@ class _Search:
             solved = self._master.solve()
             assert solved is not None  # noqa: S101 - every LLM holds an option, and excesses are only dear
             bound_s, costs = self._master.price(solved.duals)
-            if bound_s > self._bound_s:
-                self._bound_s, self._costs = bound_s, costs
+            if bound_s > self._relaxed_s:
+                self._relaxed_s, self._costs = bound_s, costs
+                self._bound_s = max(self._bound_s, bound_s)
             improving = [self._master.hold(llm, int(table.argmin())) for llm, table in enumerate(costs)]
             if not any(improving) or bound_s >= solved.value - _RELAXED_GAP / 10 * abs(solved.value):
                 return solved
