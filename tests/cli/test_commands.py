@@ -221,10 +221,30 @@ def test_profile_estimates_and_its_file_is_planned_with(scepsy, traces, tmp_path
     assert load_plan(plan).parts("writer")[0].model == "Qwen/Qwen3-8B"
 
 
+def test_profile_is_corrected_by_reports_of_load_generators(scepsy, tmp_path):
+    words = ["profile", "Qwen/Qwen3-8B", "--device-type", "H100", "--llm", "writer"]
+    assert scepsy(*words, "--estimate", "--tensor-parallel", "1,2", "-o", tmp_path / "estimate.yaml")[0] == 0
+    report = {"completed": 200, "request_rate": "inf", "max_concurrency": 8, "total_input_tokens": 204800}
+    report |= {"total_output_tokens": 25600, "request_throughput": 5.0, "mean_ttft_ms": 90.0, "mean_tpot_ms": 9.5}
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(report))
+    rest = ["--from", tmp_path / "estimate.yaml", "--points", f"{path}@2", path, "-o", tmp_path / "corrected.yaml"]
+    code, out, err = scepsy(*words, *rest)
+    assert (code, err) == (0, "")
+    assert "calibrated by 2 measured points" in out
+    before, after = (load_profile(tmp_path / f"{name}.yaml") for name in ("estimate", "corrected"))
+    assert after.at(2).decode_s[0][0] != before.at(2).decode_s[0][0]
+    code, _, err = scepsy(*words, "--estimate", "--endpoint", "http://127.0.0.1:9", "-o", tmp_path / "none.yaml")
+    assert (code, "give the traces" in err) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         (["--device-type", "Z100", "--estimate"], "Z100"),
+        (["--device-type", "H100", "--from", "nowhere.yaml"], "nowhere.yaml"),
+        (["--device-type", "H100", "--estimate", "--points", "nowhere.json"], "nowhere.json"),
+        (["--device-type", "H100", "--estimate", "--requests", "0"], "--requests 0: must be at least 1"),
         (["--device-type", "H100", "--estimate", "--tensor-parallel", "one"], "write numbers with commas"),
         (["--device-type", "H100", "--estimate", "--tensor-parallel", "0"], "each must be above 0"),
         (["--device-type", "CPU", "--endpoint", "http://127.0.0.1:9/v1"], "127.0.0.1:9"),

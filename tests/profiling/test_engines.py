@@ -16,7 +16,7 @@ from scepsy.profiling import (
     traced_lengths,
 )
 from scepsy.profiling.arrivals import LoadPlan, three_shapes
-from scepsy.profiling.calibrating import Correction, ServingPoint, calibrate, corrected, left_out_errors
+from scepsy.profiling.calibrating import Correction, ServingPoint, calibrate, calibrate_and_check, corrected
 from scepsy.profiling.engines import fit_slowdown, joined
 from scepsy.profiling.probing import DecodePoint, PrefillPoint
 from scepsy.profiling.serving import Load, predict_response
@@ -171,7 +171,8 @@ def test_points_left_out_tell_the_error_of_the_rest():
             seen = predict_response(true, 1, load)
             noisy = replace(seen, per_token_s=seen.per_token_s * rng.uniform(0.98, 1.02))
             points.append(ServingPoint(tensor_parallel_size=1, load=load, measured=noisy))
-    errors = left_out_errors(GENERATOR, points)
+    found, errors = calibrate_and_check(GENERATOR, points)
+    assert found == calibrate(GENERATOR, points)
     assert len(errors) == 9
     assert sum(abs(error) for error in errors) / 9 < 0.03
     # As fitting again without one of them says.

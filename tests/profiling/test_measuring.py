@@ -11,7 +11,8 @@ from dataclasses import replace
 import pytest
 
 from scepsy.files import save_profile
-from scepsy.profiling import EngineFlags, measure, shipped_profiles
+from scepsy.profiling import EngineFlags, Lengths, correct, measure, shipped_profiles
+from scepsy.profiling.calibrating import Correction, corrected
 from scepsy.profiling.endpoint import sum_samples
 from scepsy.profiling.fitting import fit_steps
 from scepsy.profiling.journal import Journal
@@ -106,6 +107,17 @@ def test_points_in_the_journal_are_not_measured_again(measured, endpoint):
     assert again.at(1).prefill_s[0] == 0.0001
     assert again.at(1).prefill_s[-2:] == profile.at(1).prefill_s[-2:]
     assert len(journal.read_text().splitlines()) == 1 + 13
+
+
+def test_loads_correct_a_profile_that_is_wrong(truth, endpoint, tmp_path):
+    lengths = (Lengths(input_tokens=60, output_tokens=8), Lengths(input_tokens=200, output_tokens=4))
+    slow = corrected(truth, Correction(decode_scale=1.5), 0)
+    journal = tmp_path / "points.jsonl"
+    found = correct(slow, endpoint, lengths=lengths, requests_per_load=5, journal=journal)
+    wrong, right, true = (StepClock(profile, 1, 1.0).step_s(1, 100, 0) for profile in (slow, found, truth))
+    assert abs(right - true) < abs(wrong - true) / 2
+    assert "calibrated by 9 measured points" in found.provenance.note
+    assert len(journal.read_text().splitlines()) == 1 + 10
 
 
 def test_a_journal_of_something_else_is_refused(tmp_path):

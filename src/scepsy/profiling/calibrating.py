@@ -61,35 +61,23 @@ def calibrate(profile: LLMProfile, points: Sequence[ServingPoint]) -> LLMProfile
     second what a batch adds. All tensor parallelisms share one correction. Raises ScepsyError for a point that the
     profile cannot predict.
     """
-    return corrected(profile, fit_correction(profile, points), len(points)) if points else profile
+    return calibrate_and_check(profile, points)[0] if points else profile
+
+
+def calibrate_and_check(profile: LLMProfile, points: Sequence[ServingPoint]) -> tuple[LLMProfile, list[float]]:
+    """`calibrate`, and the relative errors of whole calls at each point by the profile that the others calibrate.
+
+    Not fitted again for each: near the optimum the prediction is linear in the correction, and then what is left of a
+    point's own errors e is (1 - H)^-1 e, with H the point's block of the fit's hat matrix.
+    """
+    fit = _fit(profile, points)
+    found = corrected(profile, _correction(profile, fit.theta), len(points))
+    return found, [_left_out_error(fit, number, point) for number, point in enumerate(points)]
 
 
 def fit_correction(profile: LLMProfile, points: Sequence[ServingPoint]) -> Correction:
     """The most probable correction, given the points and the priors. Raises ScepsyError as `calibrate`."""
     return _correction(profile, _fit(profile, points).theta)
-
-
-def left_out_errors(profile: LLMProfile, points: Sequence[ServingPoint]) -> list[float]:
-    """Relative errors of whole calls at each point, by the profile that the other points calibrate.
-
-    Not fitted again for each: near the optimum the prediction is linear in the correction, and then what is left of a
-    point's own errors e is (1 - H)^-1 e, with H the point's block of the fit's hat matrix. Raises ScepsyError as
-    `calibrate`.
-    """
-    fit = _fit(profile, points)
-    normal = fit.slopes.T @ fit.slopes + np.diag(fit.prior**-2)
-    errors = []
-    for number, point in enumerate(points):
-        rows = slice(2 * number, 2 * number + 2)
-        hat = fit.slopes[rows] @ np.linalg.solve(normal, fit.slopes[rows].T)
-        first, per_token = np.linalg.solve(np.eye(2) - hat, fit.errors[rows])
-        guess = Response(
-            first_token_s=point.measured.first_token_s * np.exp(first * _FIRST_TOKEN_NOISE),
-            per_token_s=point.measured.per_token_s * np.exp(per_token * _PER_TOKEN_NOISE),
-        )
-        tokens = point.load.output_tokens
-        errors.append(float(guess.call_s(tokens) / point.measured.call_s(tokens) - 1))
-    return errors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +113,19 @@ def _fit(profile: LLMProfile, points: Sequence[ServingPoint]) -> _Fit:
         if np.all(np.abs(step) < _CLOSE_ENOUGH * prior):
             break
     return _Fit(theta=theta, errors=error, slopes=slopes, prior=prior)
+
+
+def _left_out_error(fit: _Fit, number: int, point: ServingPoint) -> float:
+    own = fit.slopes[2 * number : 2 * number + 2]
+    normal = fit.slopes.T @ fit.slopes + np.diag(fit.prior**-2)
+    hat = own @ np.linalg.solve(normal, own.T)
+    first, per_token = np.linalg.solve(np.eye(2) - hat, fit.errors[2 * number : 2 * number + 2])
+    guess = Response(
+        first_token_s=float(point.measured.first_token_s * np.exp(first * _FIRST_TOKEN_NOISE)),
+        per_token_s=float(point.measured.per_token_s * np.exp(per_token * _PER_TOKEN_NOISE)),
+    )
+    tokens = point.load.output_tokens
+    return guess.call_s(tokens) / point.measured.call_s(tokens) - 1
 
 
 def _slopes(profile: LLMProfile, points: Sequence[ServingPoint], theta: Array, error: Array) -> Array:

@@ -16,7 +16,7 @@ from scepsy.profiling.arrivals import (
     measure_loads,
     three_shapes,
 )
-from scepsy.profiling.calibrating import calibrate, left_out_errors
+from scepsy.profiling.calibrating import calibrate_and_check
 from scepsy.profiling.checkpoint import find_checkpoint
 from scepsy.profiling.endpoint import Endpoint, EngineFacts, open_endpoint
 from scepsy.profiling.fitting import fit_steps
@@ -170,8 +170,8 @@ async def _calibrated(
 ) -> LLMProfile:
     """The profile calibrated by the loads, with the errors that it then has in its provenance."""
     loads = await measure_loads(endpoint, profile, size, plan, journal, work, engine)
-    found = calibrate(profile, loads.points)
-    error = statistics.mean(abs(error) for error in left_out_errors(profile, loads.points))
+    found, errors = calibrate_and_check(profile, loads.points)
+    error = statistics.mean(abs(error) for error in errors)
     full = saturation_rps(found, size, 1.0, loads.full_shape) / loads.full_rps - 1
     note = (
         f"{found.provenance.note}; mean error of calls at a load that was left out {error:.1%}, "
