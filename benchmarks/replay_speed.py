@@ -60,7 +60,7 @@ def main() -> int:
     """Run every system both ways, print, judge."""
     profiles = shipped_profiles("H100")
     print(
-        f"{'system':>12} {'calls':>7} {'calls/min':>10} {'SimPy':>9} {'times':>6} {'mean s':>7} {'SimPy':>7} {'each':>5}"
+        f"{'system':>12} {'calls':>7} {'calls/min':>9} {'SimPy':>9} {'times':>5} {'mean s':>7} {'SimPy':>7} {'each':>5}"
     )
     rows = []
     for name, rate_rps, choices in SYSTEMS:

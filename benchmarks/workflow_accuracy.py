@@ -29,7 +29,6 @@ from scepsy_optimizer.allocation import Choice, Groups, Option, evaluate_groups
 from scepsy_optimizer.cluster import parse_cluster
 from scepsy_optimizer.executions import Execution, Span
 from scepsy_optimizer.pipeline import build_pipeline, call_durations_s, paper_latency_s
-from scepsy_optimizer.plan import Plan
 from scepsy_optimizer.planner import hand_made_plan
 from scepsy_optimizer.profile import LLMProfile
 from scepsy_optimizer.replay import poisson_arrivals_s, replay
@@ -179,32 +178,26 @@ def one_point(
     rate_rps = load * saturation_rps
     speeds = {llm: option.speed for llm, option in options(rate_rps).items()}
     mean_s = build_pipeline(workload, speeds).built_latency_s
-    makespans = [timeline.makespan_s(call_durations_s(timeline, speeds)) for timeline in workload.timelines]
+    makespans_s = np.array([timeline.makespan_s(call_durations_s(timeline, speeds)) for timeline in workload.timelines])
     calls = sum(demand.visits for demand in workload.demands)
     count = int(max(LEAST_CALLS / calls, rate_rps * mean_s * SPAN_IN_LATENCIES)) + 1
     plan = hand_made_plan(choices, profiles, CLUSTER)
-    found = [mean_s, float(np.percentile(makespans, 95)), paper_latency_s(workload, speeds)]
+    found = [mean_s, float(np.percentile(makespans_s, 95)), paper_latency_s(workload, speeds)]
     for number in range(REPLAYS):
         rng = np.random.default_rng((seed, number))
         arrivals_s = poisson_arrivals_s(rng, rate_rps=rate_rps, executions=count)
         # Exactly the rate on average: a run that happens to be busier would count as the prediction's error.
         arrivals_s *= count / rate_rps / arrivals_s[-1]
-        steady = replayed_s(plan, profiles, workload, arrivals_s, rng)
-        found += [float(steady.mean()), float(np.percentile(steady, 95))]
+        traced = len(workload.timelines)
+        picked = np.concatenate([rng.permutation(traced) for _ in range(count // traced + 1)])[:count]
+        replayed = replay(plan, profiles, [workload.timelines[index] for index in picked], arrivals_s)
+        # The engines fill up in the first tenth and run empty in the last.
+        steady = slice(count // 10, count - count // 10)
+        latencies_s, predicted_s = replayed.latencies_s[steady], makespans_s[picked[steady]]
+        # Nor count executions that happen to be longer than those of the workload (a ratio estimator).
+        found.append(float(latencies_s.mean() * mean_s / predicted_s.mean()))
+        found.append(float(np.percentile(latencies_s, 95) * found[1] / np.percentile(predicted_s, 95)))
     return tuple(found)
-
-
-def replayed_s(
-    plan: Plan, profiles: Profiles, workload: Workload, arrivals_s: NDArray[np.float64], rng: np.random.Generator
-) -> NDArray[np.float64]:
-    """Latencies of the executions, each as often as the others, without the first and last tenth.
-
-    The engines fill up and run empty there.
-    """
-    traced, count = len(workload.timelines), len(arrivals_s)
-    picked = np.concatenate([rng.permutation(traced) for _ in range(count // traced + 1)])[:count]
-    replayed = replay(plan, profiles, [workload.timelines[index] for index in picked], arrivals_s)
-    return replayed.latencies_s[count // 10 : count - count // 10]
 
 
 def rank_correlation(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:

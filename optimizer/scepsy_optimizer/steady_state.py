@@ -33,11 +33,11 @@ def replay_steady_state(
         return None
     latency_s = plan.prediction.latency_s
     calls = sum(demand.visits for demand in workload.demands)
-    count = int(max(_LEAST_EXECUTIONS, np.ceil(plan.rate_rps * latency_s * _SPAN_IN_LATENCIES)))
+    count = steady_span(plan.rate_rps, latency_s)
     if count * calls > max_calls:
         return None
     arrivals_s = poisson_arrivals_s(rng, rate_rps=plan.rate_rps, executions=count)
-    timelines = [workload.timelines[index] for index in _sample(workload, rng, count)]
+    timelines = [workload.timelines[index] for index in sample_executions(workload, rng, count)]
     replayed = replay(plan, profiles, timelines, arrivals_s)
     counted = arrivals_s > arrivals_s[0] + _WARM_UP_IN_LATENCIES * latency_s
     counted[-max(1, count // 10) :] = False
@@ -48,7 +48,12 @@ def replay_steady_state(
     )
 
 
-def _sample(workload: Workload, rng: np.random.Generator, count: int) -> NDArray[np.int_]:
+def steady_span(rate_rps: float, latency_s: float) -> int:
+    """Executions that arrive in twelve latencies, within which a replay gets steady; at least 400."""
+    return int(max(_LEAST_EXECUTIONS, np.ceil(rate_rps * latency_s * _SPAN_IN_LATENCIES)))
+
+
+def sample_executions(workload: Workload, rng: np.random.Generator, count: int) -> NDArray[np.int_]:
     """Indices of executions by their weights, evenly spread (systematic sampling) and then in random order."""
     edges = np.cumsum(workload.weights)
     positions = (np.arange(count) + rng.random()) / count * edges[-1]
