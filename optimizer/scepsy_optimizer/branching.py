@@ -121,6 +121,8 @@ class _Search:
             costs = [speeds @ row for speeds, row in zip(problem.speeds, blended, strict=True)]
             packing = solve(sizes, costs, int(problem.budgets[0]))
             if packing is None:
+                # Nothing fits: no choice is better than none.
+                self._bound_s = float("inf")
                 break
             rows = packing.rows
             self._bound_s = max(self._bound_s, packing.cost + float(problem.group_weights @ fixed_s))
@@ -258,8 +260,9 @@ class _Search:
             if bound_s > self._relaxed_s:
                 self._relaxed_s, self._costs = bound_s, costs
                 self._bound_s = max(self._bound_s, bound_s)
-            improving = [self._master.hold(llm, int(table.argmin())) for llm, table in enumerate(costs)]
-            if not any(improving) or bound_s >= solved.value - _RELAXED_GAP / 10 * abs(solved.value):
+            if bound_s >= solved.value - _RELAXED_GAP / 10 * abs(solved.value):
+                return solved
+            if not any([self._master.hold(llm, int(table.argmin())) for llm, table in enumerate(costs)]):
                 return solved
 
     def _rounded(self, solved: Relaxed) -> tuple[int, ...]:

@@ -80,9 +80,7 @@ class Master:
         """The LLM of each held option."""
         self.rows = np.zeros(0, dtype=int)
         """Its row in the LLM's table."""
-        self._highs = highspy.Highs()
-        self._highs.setOptionValue("output_flag", False)  # noqa: FBT003 - HiGHS takes its options by position
-        self._highs.setOptionValue("threads", 1)
+        self._highs = _quiet_highs()
         self._build()
 
     def _build(self) -> None:
@@ -96,7 +94,7 @@ class Master:
             self._highs.addRow(1.0, 1.0, 0, _NO_INDEX, _NO_VALUE)
         for number, budget in enumerate(problem.budgets.tolist()):
             excess = np.array([self._groups + number], dtype=np.int32)
-            self._highs.addRow(-infinity, float(budget), 1, excess, np.array([-float(budget)]))
+            self._highs.addRow(-infinity, float(budget), 1, excess, np.array([-max(1.0, float(budget))]))
         for number, limit_s in enumerate(problem.limits_s.tolist()):
             groups = np.flatnonzero(problem.limited[number])
             columns = np.append(groups, self._groups + self._budgets + number).astype(np.int32)
@@ -112,7 +110,8 @@ class Master:
         self.rows = np.append(self.rows, row)
         units = self._problem.units[llm][row]
         taken = np.flatnonzero(units)
-        indices, values = [[llm], self._llms + taken], [[1.0], units[taken].astype(float)]
+        indices = [np.array([llm]), self._llms + taken]
+        values: list[Floats] = [np.ones(1), units[taken].astype(float)]
         if self._cuts:
             costs = np.array([cut[llm] for cut in self._cuts]) @ self._problem.speeds[llm][row]
             there = np.flatnonzero(costs)
@@ -154,8 +153,11 @@ class Master:
         rows = (self._first_cut + np.array(idle)).astype(np.int32)
         self._highs.deleteRows(len(rows), rows)
         gone = set(idle)
-        for column in (self._cut_group, self._cut_fixed_s, self._cuts, self._cut_used):
-            column[:] = [value for number, value in enumerate(column) if number not in gone]  # type: ignore[index,call-overload]
+        stay = [number for number in range(len(self._cuts)) if number not in gone]
+        self._cut_group = [self._cut_group[number] for number in stay]
+        self._cut_fixed_s = [self._cut_fixed_s[number] for number in stay]
+        self._cuts = [self._cuts[number] for number in stay]
+        self._cut_used = [self._cut_used[number] for number in stay]
 
     def floors_s(self, speeds: Floats) -> Floats:
         """What the cuts so far say of each group's makespan at those speeds."""
@@ -217,9 +219,7 @@ class Master:
 
 def can_pack(units: Sequence[Ints], budgets: Ints) -> bool:
     """Whether one row of each table fits into the budgets together; exact, by HiGHS."""
-    highs = highspy.Highs()
-    highs.setOptionValue("output_flag", False)  # noqa: FBT003 - HiGHS takes its options by position
-    highs.setOptionValue("threads", 1)
+    highs = _quiet_highs()
     infinity = highspy.kHighsInf
     # The least excess over all budgets is 0 where everything fits.
     for _ in budgets:
@@ -239,6 +239,13 @@ def can_pack(units: Sequence[Ints], budgets: Ints) -> bool:
     return highs.getModelStatus() == highspy.HighsModelStatus.kOptimal and bool(
         highs.getInfo().objective_function_value < 0.5
     )
+
+
+def _quiet_highs() -> highspy.Highs:
+    highs = highspy.Highs()  # type: ignore[no-untyped-call]
+    highs.setOptionValue("output_flag", False)  # noqa: FBT003 - HiGHS takes its options by position
+    highs.setOptionValue("threads", 1)
+    return highs
 
 
 _NO_INDEX = np.array([], dtype=np.int32)

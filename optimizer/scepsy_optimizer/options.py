@@ -207,7 +207,8 @@ def _rests(offer: Offer, column: int, columns: Ints, needed_rps: float, units: i
     bases = np.arange(max(0, fewest - 1), min(fewest + _FEW, units // size) + 1)
     counts = np.tile(np.array(rests, dtype=int).reshape(len(rests), len(offer.kinds)), (len(bases), 1))
     counts[:, column] += np.repeat(bases, len(rests))
-    return counts[np.count_nonzero(counts, axis=1) > 1]
+    mixed: Ints = counts[np.count_nonzero(counts, axis=1) > 1]
+    return mixed
 
 
 def capacity_by_units(offer: Offer, *, max_units: int, min_replicas: int = 1) -> Floats:

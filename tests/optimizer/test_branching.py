@@ -1,0 +1,100 @@
+"""The choice of options against exhaustive enumeration: several cuts, budgets, groups and limits."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scepsy_optimizer.branching import minimise
+from scepsy_optimizer.master import Problem, can_pack
+
+GAP = 1e-6
+
+
+def made_up(seed, *, budgets, limits):
+    """A random problem whose groups' makespans are maxima of random planes, and those planes."""
+    rng = np.random.default_rng(seed)
+    llms, groups = int(rng.integers(1, 5)), int(rng.integers(1, 4))
+    speeds, units = [], []
+    for _ in range(llms):
+        size = rng.integers(0, 12, (int(rng.integers(1, 7)), budgets))
+        # What takes more is faster, most of the time.
+        speeds.append(rng.uniform(0.1, 1, (len(size), 3)) * (10 / (1 + size.sum(axis=1)))[:, None])
+        units.append(size)
+    planes = [
+        (rng.uniform(0, 1, count), rng.uniform(0, 1, (count, llms, 3)) * (rng.random((count, llms, 3)) < 0.6))
+        for count in rng.integers(1, 6, groups)
+    ]
+    limited = rng.random((limits, groups)) < 0.7
+    problem = Problem(
+        speeds=speeds,
+        units=units,
+        budgets=rng.integers(2, 10 * llms, budgets),
+        group_weights=rng.uniform(0.2, 2, groups),
+        limited=limited,
+        limits_s=rng.uniform(1, 12 * llms, limits),
+        scale_s=10.0,
+    )
+    return problem, planes
+
+
+def retimer(planes):
+    def retime(speeds):
+        makespans, fixed, coefficients = [], [], []
+        for constants, slopes in planes:
+            values = constants + np.tensordot(slopes, speeds, 2)
+            top = int(values.argmax())
+            makespans.append(values[top])
+            fixed.append(constants[top])
+            coefficients.append(slopes[top])
+        return np.array(makespans), np.array(fixed), np.array(coefficients)
+
+    return retime
+
+
+def exhaustive(problem, retime):
+    best = float("inf")
+    for rows in itertools.product(*(range(len(table)) for table in problem.speeds)):
+        taken = sum(units[row] for units, row in zip(problem.units, rows, strict=True))
+        makespans, _, _ = retime(np.array([table[row] for table, row in zip(problem.speeds, rows, strict=True)]))
+        if (taken <= problem.budgets).all() and (problem.limited @ makespans <= problem.limits_s).all():
+            best = min(best, float(problem.group_weights @ makespans))
+    return best
+
+
+def check(seed, budgets, limits):
+    problem, planes = made_up(seed, budgets=budgets, limits=limits)
+    retime = retimer(planes)
+    best = exhaustive(problem, retime)
+    found = minimise(problem, retime, gap=GAP)
+    if not found.choices:
+        assert best == float("inf")
+        return
+    objective_s, rows = found.choices[0]
+    taken = sum(units[row] for units, row in zip(problem.units, rows, strict=True))
+    makespans, _, _ = retime(np.array([table[row] for table, row in zip(problem.speeds, rows, strict=True)]))
+    assert (taken <= problem.budgets).all()
+    assert (problem.limited @ makespans <= problem.limits_s * (1 + 1e-9)).all()
+    assert objective_s == pytest.approx(float(problem.group_weights @ makespans))
+    assert objective_s <= best * (1 + 2 * GAP)
+    assert found.lower_bound_s <= best * (1 + 1e-9) + 1e-9
+    assert found.lower_bound_s >= objective_s * (1 - 2 * GAP)
+
+
+@settings(max_examples=150, deadline=None)
+@given(seed=st.integers(0, 10**6), budgets=st.integers(1, 3), limits=st.integers(0, 2))
+def test_it_equals_exhaustive_search(seed, budgets, limits):
+    check(seed, budgets, limits)
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 10**6), budgets=st.integers(1, 3))
+def test_packing_equals_exhaustive_search(seed, budgets):
+    problem, _ = made_up(seed, budgets=budgets, limits=0)
+    fits = any(
+        (sum(units[row] for units, row in zip(problem.units, rows, strict=True)) <= problem.budgets).all()
+        for rows in itertools.product(*(range(len(table)) for table in problem.units))
+    )
+    assert can_pack(problem.units, problem.budgets) == fits
