@@ -6,6 +6,7 @@ import pytest
 from scepsy.report.summary import executions_needed, warnings
 from scepsy.traces import Reading
 from scepsy_optimizer.executions import Execution
+from scepsy_optimizer.sampling import SampleLimits
 from scepsy_optimizer.shape import shape_of
 from scepsy_optimizer.workload import aggregate
 
@@ -106,3 +107,26 @@ def test_shape_of_a_loop(make_span):
     spans += [make_span(f"round {number}", "root", number, number + 1, name="try") for number in range(7)]
     shape = shape_of(Execution(id="e", workflow="w", spans=tuple(spans)))
     assert (shape.width, shape.depth, shape.recursion, shape.rounds) == (0, 0, 1, 7)
+
+
+def rounded(value):
+    return json.loads(json.dumps(value), parse_float=lambda text: round(float(text), 9))
+
+
+def test_more_executions_than_a_sample_holds(make_execution, summarised):
+    """Everything but distributions and timelines is of all of them."""
+    runs = tuple(make_execution(number, stretch=1 + number % 5) for number in range(300))
+    whole = summarised(Reading(executions=runs))
+    some = summarised(Reading(executions=runs), limits=SampleLimits(executions=40))
+    assert (some["executions"], some["sampled"], len(some["timelines"])) == (300, 80, 80)
+    assert warnings(some)[-1].startswith("Quantiles, histograms and timelines are of a random sample of 80")
+    assert not any("sample" in sentence for sentence in warnings(whole))
+    for key in ("calls", "transitions", "roles", "critical_path_s", "queueing", "latency_s", "tool_s"):
+        assert rounded(some[key]) == rounded(whole[key]), key
+    for one, other in zip(some["workflows"], whole["workflows"], strict=True):
+        assert {**one, "latency_s": None} == {**other, "latency_s": None}
+        assert one["latency_s"]["mean"] == other["latency_s"]["mean"]
+        assert one["latency_s"]["quantiles"]["0.5"] == pytest.approx(other["latency_s"]["quantiles"]["0.5"], rel=0.35)
+    for one, other in zip(some["llms"], whole["llms"], strict=True):
+        assert one["share"] == pytest.approx(other["share"])
+        assert one["more_executions"] == pytest.approx(other["more_executions"], rel=0.3, abs=1)
