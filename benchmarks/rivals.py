@@ -39,15 +39,17 @@ NAMES: Final = {
 
 
 def prepare() -> None:
-    """Make the environment, unless it is there."""
+    """Make the environment, unless it is there with these packages."""
     marker = ENVIRONMENT / ".ready"
-    if marker.exists():
+    wanted = "\n".join(PACKAGES)
+    if marker.exists() and marker.read_text(encoding="utf-8") == wanted:
         return
     print(f"preparing {ENVIRONMENT.name} ...", flush=True)
-    subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=True)
+    if not PYTHON.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=True)
     install = [str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--pre"]
     subprocess.run([*install, "--editable", ".[examples]", *PACKAGES], cwd=ROOT, check=True)
-    marker.touch()
+    marker.write_text(wanted, encoding="utf-8")
 
 
 def run_worker(module: str, name: str, *arguments: str, timeout_s: float = 900) -> Any:
@@ -59,19 +61,28 @@ def run_worker(module: str, name: str, *arguments: str, timeout_s: float = 900) 
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def turn_on(name: str, provider: Any, directory: str) -> None:
-    """Instrument everything in this process with the instrumentation of that name."""
-    for instrument in _instrumentors(name, provider, directory):
-        instrument()
-
-
-def _instrumentors(name: str, provider: Any, directory: str) -> list[Callable[[], Any]]:
+def turn_on(name: str, provider: Any, directory: str) -> Callable[[], None]:
+    """Instrument everything in this process with the instrumentation of that name; the result turns it off."""
     if name.startswith("scepsy"):
         import scepsy
 
         if name == "scepsy":
-            return [lambda: scepsy.instrument(directory=directory)]
-        return [lambda: scepsy.instrument(provider=provider)]
+            scepsy.instrument(directory=directory)
+        else:
+            scepsy.instrument(provider=provider)
+        return scepsy.uninstrument
+    instrumentors = [made() for made in _instrumentors(name)]
+    for instrumentor in instrumentors:
+        instrumentor.instrument(tracer_provider=provider)
+
+    def turn_off() -> None:
+        for instrumentor in instrumentors:
+            instrumentor.uninstrument()
+
+    return turn_off
+
+
+def _instrumentors(name: str) -> list[Any]:
     classes: list[Any]
     if name == "openinference":
         from openinference.instrumentation import langchain, llama_index, openai
@@ -87,4 +98,4 @@ def _instrumentors(name: str, provider: Any, directory: str) -> list[Callable[[]
         classes = [langchain.LangchainInstrumentor, llamaindex.LlamaIndexInstrumentor, openai.OpenAIInstrumentor]
     else:
         raise ValueError(name)
-    return [lambda made=made: made().instrument(tracer_provider=provider) for made in classes]
+    return classes

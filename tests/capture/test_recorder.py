@@ -3,6 +3,7 @@ import time
 
 import pytest
 from opentelemetry import trace
+from opentelemetry.context import Context
 from opentelemetry.sdk.trace import TracerProvider
 
 import scepsy
@@ -108,3 +109,17 @@ def test_an_unsampled_trace_is_not_recorded_but_its_parents_are_right():
     child.end()
     handle.end()
     scepsy.uninstrument()
+
+
+def test_spans_of_another_trace_are_not_between(recorded):
+    @scepsy.workflow
+    def main():
+        tracer = recorded.provider.get_tracer("other")
+        with tracer.start_as_current_span("mine"):
+            recorder.start("step", "below").end()
+        with tracer.start_as_current_span("its own", context=Context()):
+            recorder.start("step", "beside").end()
+
+    main()
+    assert recorded.path(recorded.named("below")) == ["invoke_workflow main", "mine", "below"]
+    assert recorded.path(recorded.named("beside")) == ["invoke_workflow main", "beside"]

@@ -103,7 +103,10 @@ class Recorder:
         if not span.get_span_context().is_valid:
             return best, None
         started_ns = getattr(span, "start_time", None)
-        if best is None or (started_ns is not None and started_ns > best.start_ns):
+        if best is None:
+            return None, context
+        # Another instrumentation keeps traces of its own: its spans lie beside what is ours, not below it.
+        if started_ns is not None and started_ns > best.start_ns and span.get_span_context().trace_id == _trace(best):
             return best, context
         return best, None
 
@@ -186,6 +189,15 @@ class Recorder:
 
 def _nowhere(handle: Handle) -> None:
     """What becomes of handles where nobody has asked for them."""
+
+
+def _trace(handle: Handle | None) -> int:
+    """The trace that a handle is in; 0 while nobody has needed to know."""
+    while handle is not None and not handle.trace_id:
+        if handle.outer is not None:
+            return trace.get_current_span(handle.outer).get_span_context().trace_id
+        handle = handle.parent
+    return 0 if handle is None else handle.trace_id
 
 
 def _nearest_live(handle: Handle | None) -> Handle | None:

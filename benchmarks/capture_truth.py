@@ -1,0 +1,73 @@
+"""Who tells the truth: small programs on the real frameworks, each judged by what the server behind them saw.
+
+Scepsy and the other instrumentations run the same programs in a process of their own each; then Scepsy runs beside each
+of the others in one process. A tick, or what was told wrongly. The programs are in `truth_cases`, those for two
+instrumentations at once in `truth_beside`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import tempfile
+from typing import Final
+
+from benchmarks import rivals
+from benchmarks.outcome import Bound, finish
+
+OURS: Final = "scepsy-sdk"
+OTHERS: Final = ("openinference", "genai", "traceloop")
+BESIDE: Final = "beside:"
+
+
+def _worker(name: str) -> None:
+    from benchmarks import truth_beside, truth_cases
+    from benchmarks.truth_stage import Stage
+
+    at = Stage()
+    if name.startswith(BESIDE):
+        verdicts = asyncio.run(truth_beside.run_all(at, name.removeprefix(BESIDE)))
+    else:
+        with tempfile.TemporaryDirectory() as directory:
+            rivals.turn_on(name, at.provider, directory)
+            verdicts = asyncio.run(truth_cases.run_all(at))
+    print(json.dumps(verdicts), flush=True)
+    os._exit(0)  # whatever threads others have left behind
+
+
+def main() -> int:
+    """Run all, print the table, judge."""
+    rivals.prepare()
+    columns = {name: rivals.run_worker("benchmarks.capture_truth", name) for name in (OURS, *OTHERS)}
+    titles = {**rivals.NAMES, OURS: rivals.NAMES["scepsy"]}
+    print(f"{'':<38}" + "".join(f"{titles[name]:<36}" for name in columns))
+    for case in columns[OURS]:
+        cells = "".join(f"{told[case] or '✓':<36}" for told in columns.values())
+        print(f"{case:<38}{cells}".rstrip())
+    print()
+    beside = {name: rivals.run_worker("benchmarks.capture_truth", BESIDE + name) for name in OTHERS}
+    print(f"{'Scepsy beside':<38}" + "".join(f"{titles[name]:<36}" for name in beside))
+    for case in next(iter(beside.values())):
+        cells = "".join(f"{told[case] or '✓':<36}" for told in beside.values())
+        print(f"{case:<38}{cells}".rstrip())
+    wrong = {name: sum(map(bool, told.values())) for name, told in columns.items()}
+    count = len(columns[OURS])
+    print("\nwrong of " + f"{count}: " + ", ".join(f"{titles[name]} {number}" for name, number in wrong.items()))
+    bounds = [
+        Bound(name="cases that Scepsy gets wrong", value=wrong[OURS], at_most=0),
+        Bound(
+            name="cases that go wrong beside others",
+            value=sum(bool(verdict) for told in beside.values() for verdict in told.values()),
+            at_most=0,
+        ),
+    ]
+    return finish("capture_truth", bounds, {"verdicts": columns, "beside": beside})
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        _worker(sys.argv[2])
+    else:
+        raise SystemExit(main())
