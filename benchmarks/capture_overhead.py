@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, Pipe
 from statistics import median
 from typing import Any
 
@@ -28,7 +28,8 @@ from benchmarks import rivals
 from benchmarks.outcome import Bound, finish
 
 SMALL, LARGE = "hi", "word " * 40_000
-BATCH, ROUNDS, WARM_ROUNDS = 40, 41, 3
+BATCH, WARM_ROUNDS = 40, 3
+LEAST_ROUNDS, MOST_ROUNDS, ROUNDS_LIMIT_S = 9, 61, 180.0
 MEMORY_CALLS = 100_000
 PER_RUN_BOUND_US = 60.0
 FLAT_BOUND_US = 10.0
@@ -162,12 +163,13 @@ def _openai_columns() -> dict[str, Column]:
 class _Child:
     """A fork of this process in which one instrumentation is on, told column by column what to run."""
 
-    def __init__(self, name: str, columns: dict[str, Column]) -> None:
-        here, there = _pipe()
+    def __init__(self, name: str, columns: dict[str, Column], before: list[_Child]) -> None:
+        here, there = Pipe()
         self.name = name
         self.pid = os.fork()
         if self.pid == 0:
-            here.close()
+            for connection in (here, *(child.connection for child in before)):
+                connection.close()  # so that the children's ends break when the parent is gone
             code = 1
             try:
                 _serve(name, columns, there)
@@ -175,24 +177,18 @@ class _Child:
             finally:
                 os._exit(code)
         there.close()
-        self._connection = here
+        self.connection = here
 
     def measure(self, column: str) -> tuple[float, int]:
         """Microseconds of a run now, and how many spans the batch has made (-1: not counted)."""
-        self._connection.send(column)
-        answer: tuple[float, int] = self._connection.recv()
+        self.connection.send(column)
+        answer: tuple[float, int] = self.connection.recv()
         return answer
 
     def stop(self) -> None:
         """End it."""
-        self._connection.send(None)
+        self.connection.close()
         os.waitpid(self.pid, 0)
-
-
-def _pipe() -> tuple[Connection, Connection]:
-    from multiprocessing import Pipe
-
-    return Pipe()
 
 
 def _serve(name: str, columns: dict[str, Column], connection: Connection) -> None:
@@ -218,26 +214,32 @@ def _serve(name: str, columns: dict[str, Column], connection: Connection) -> Non
 
             settle = flush
         while True:
-            column = connection.recv()
-            if column is None:
+            try:
+                column = connection.recv()
+            except EOFError:
                 return
             drop.ended = 0
             us = columns[column].seconds(settle) * 1e6
             connection.send((us, -1 if name in (BARE, "scepsy") else drop.ended))
 
 
-def _rounds_worker(rounds: int) -> None:
+def _rounds_worker() -> None:
     """All rounds: microseconds of each column in each child, and what was captured at all."""
     columns = _columns()
     for column in columns.values():
         column.seconds(lambda: None)  # what is made at first use is made before the fork
     gc.collect()
     gc.freeze()
-    children = [_Child(name, columns) for name in (BARE, *rivals.NAMES)]
+    children: list[_Child] = []
+    for name in (BARE, *rivals.NAMES):
+        children.append(_Child(name, columns, children))
     us: dict[str, dict[str, list[float]]] = {child.name: {column: [] for column in columns} for child in children}
     captured = {child.name: dict.fromkeys(columns, False) for child in children}
     try:
-        for number in range(-WARM_ROUNDS, rounds):
+        deadline_s = time.monotonic() + ROUNDS_LIMIT_S
+        for number in range(-WARM_ROUNDS, MOST_ROUNDS):
+            if number >= LEAST_ROUNDS and time.monotonic() > deadline_s:
+                break
             turn = number % len(children)
             for column in columns:
                 for child in children[turn:] + children[:turn]:
@@ -326,10 +328,11 @@ def _ratio(us: dict[str, dict[str, list[float]]], column: str, other: str) -> fl
 def main() -> int:
     """Measure all, print the table, judge."""
     rivals.prepare()
-    measured = rivals.run_worker("benchmarks.capture_overhead", "rounds", str(ROUNDS))
+    measured = rivals.run_worker("benchmarks.capture_overhead", "rounds")
     us, captured = measured["us"], measured["captured"]
     columns = list(us[BARE])
     added = {name: {column: median(_added(us, name, column)) for column in columns} for name in rivals.NAMES}
+    print(f"medians over {len(us[BARE][columns[0]])} rounds")
     print(f"{'µs added per':<36}{'(bare)':>8}" + "".join(f"{title:>28}" for title in rivals.NAMES.values()))
     for column in columns:
         cells = (
@@ -373,6 +376,6 @@ if __name__ == "__main__":
         if wanted.startswith("memory:"):
             _memory_worker(wanted.removeprefix("memory:"))
         else:
-            _rounds_worker(int(sys.argv[3]))
+            _rounds_worker()
         sys.exit(0)
     sys.exit(main())

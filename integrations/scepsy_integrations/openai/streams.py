@@ -7,10 +7,11 @@ import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Final
 
-from scepsy.capture import Exchange, harmless
+from scepsy.capture import Exchange, harmless, tell
 from scepsy_integrations.openai.answers import describe, extras, fields, is_raw, note_identity, note_timings, note_usage
 from scepsy_integrations.openai.content import Spoken, note_answer, records_content
 
+_TAKING: Final = "a piece of a stream"
 _READ_LIMIT_BYTES: Final = 1 << 20
 """How much of a body that the program reads as bytes is kept to look for its usage."""
 
@@ -21,11 +22,13 @@ def watch(exchange: Exchange, answer: Any) -> bool:
         if not exchange.streamed:
             return False
         answer = answer.parse()  # only builds the stream; the program's own parse() returns this very object
-    known = fields(answer)
-    if "_iterator" in known:
-        _follow_stream(exchange, answer, known["response"])
+    if type(answer) is dict or hasattr(answer, "__pydantic_extra__"):
+        return False  # a whole answer: asking openai's models for what they lack would take long
+    http = getattr(answer, "response", None)
+    if http is not None and hasattr(answer, "_iterator"):
+        _follow_stream(exchange, answer, http)
         return True
-    http = known.get("http_response")
+    http = getattr(answer, "http_response", None)
     if http is not None and not http.is_closed:
         _follow_bytes(exchange, http)
         return True
@@ -99,40 +102,44 @@ class _Followed:
         self.closed()
 
 
-@harmless
 def _take_event(exchange: Exchange, spoken: Spoken | None, piece: Any) -> bool:
     # This runs for every piece of every stream: no step of it that the piece at hand does not need.
     known = fields(piece)
     if spoken is not None:
         spoken.add(known)
     choices = known.get("choices")
-    if choices is None:
-        generated = (known.get("type") or "").endswith(".delta")  # an event of the responses API
-        exchange.received(answer=generated, generated=generated)
-        whole = known.get("response")
-        if whole is not None:
-            describe(exchange, whole)
-        return False
-    exchange.received(answer=bool(choices), generated=bool(choices) and _generates(choices[0]))
-    if exchange.chunks <= 1:
-        note_identity(exchange, known)
+    if choices:
+        choice = fields(choices[0])
+        delta = choice.get("delta")
+        if delta is None:
+            generated = bool(choice.get("text"))
+        else:
+            made = fields(delta)
+            # What openai's models do not know counts as well: servers stream reasoning under several names.
+            generated = bool(made.get("content") or made.get("tool_calls") or extras(delta))
+        exchange.received(answer=True, generated=generated)
+        if exchange.chunks <= 1:
+            note_identity(exchange, known)
+    elif choices is None:
+        _take_response_event(exchange, known)
+    else:
+        exchange.received(answer=False)
     usage = known.get("usage")
     if usage is not None:
         note_usage(exchange, usage)
     extra = extras(piece)
     if extra:
         note_timings(exchange, extra)
-    return exchange.hides_usage and usage is not None and not choices
+    return usage is not None and not choices and exchange.hides_usage
 
 
-def _generates(choice: Any) -> bool:
-    known = fields(choice)
-    delta = known.get("delta")
-    if delta is None:
-        return bool(known.get("text"))
-    made = fields(delta)
-    # What openai's models do not know counts as well: servers stream a model's reasoning under several names.
-    return bool(made.get("content") or made.get("tool_calls") or extras(delta))
+def _take_response_event(exchange: Exchange, known: dict[str, Any]) -> None:
+    """An event of the responses API: a piece of the answer, or the answer so far."""
+    generated = (known.get("type") or "").endswith(".delta")
+    exchange.received(answer=generated, generated=generated)
+    whole = known.get("response")
+    if whole is not None:
+        describe(exchange, whole)
 
 
 class _Reader(_Followed):
@@ -154,8 +161,12 @@ class _Reader(_Followed):
                 raise
             finally:
                 self.reading = False
-            if not self.take(piece):
-                return piece
+            try:
+                if self.take(piece):
+                    continue
+            except Exception as error:  # noqa: BLE001 - whatever goes wrong in capture must not reach the program
+                tell(_TAKING, error)
+            return piece
 
     def close(self) -> None:
         """As generators have it."""
@@ -182,8 +193,12 @@ class _AsyncReader(_Followed):
                 raise
             finally:
                 self.reading = False
-            if not self.take(piece):
-                return piece
+            try:
+                if self.take(piece):
+                    continue
+            except Exception as error:  # noqa: BLE001 - whatever goes wrong in capture must not reach the program
+                tell(_TAKING, error)
+            return piece
 
     async def aclose(self) -> None:
         """As async generators have it."""
@@ -244,7 +259,6 @@ class _Body:
         self.current = kind(self.exchange, pieces, self.take, self.describe)
         return self.current
 
-    @harmless
     def take(self, chunk: bytes) -> None:
         self.exchange.received()
         if len(self.kept) < _READ_LIMIT_BYTES:

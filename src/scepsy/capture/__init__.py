@@ -11,7 +11,7 @@ from scepsy.capture.handle import Handle, Outcome, attach, detach, how_ended, no
 from scepsy.capture.imports import FrameworkHook
 from scepsy.capture.instrumentation import flush, instrument, uninstrument
 from scepsy.capture.recorder import Recorder, muted, recorder
-from scepsy.capture.safety import harmless
+from scepsy.capture.safety import harmless, tell
 from scepsy.capture.settings import settings
 from scepsy.capture.tasks import guard_task, settle_task
 
@@ -42,6 +42,7 @@ __all__ = [
     "recorder",
     "settings",
     "settle_task",
+    "tell",
     "text_parts",
     "tool",
     "tool_call",
