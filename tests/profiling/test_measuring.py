@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -31,18 +32,24 @@ def truth():
 
 @pytest.fixture(scope="module")
 def endpoint(truth, tmp_path_factory):
-    file = tmp_path_factory.mktemp("emulator") / "profile.yaml"
-    save_profile(truth, file)
+    with emulated(truth, tmp_path_factory.mktemp("emulator")) as (url, _):
+        yield url
+
+
+@contextmanager
+def emulated(profile, folder):
+    """An engine of that profile: its address and its process."""
+    save_profile(profile, folder / "profile.yaml")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    argv = [sys.executable, "-m", "scepsy.emulator", "--profile", str(file), "--port", str(port)]
+    argv = [sys.executable, "-m", "scepsy.emulator", "--profile", str(folder / "profile.yaml"), "--port", str(port)]
     with subprocess.Popen(argv) as process:
         try:
             wait_until_healthy(f"http://127.0.0.1:{port}", process)
-            yield f"http://127.0.0.1:{port}/v1"
+            yield f"http://127.0.0.1:{port}/v1", process
         finally:
-            process.terminate()
+            process.kill()
 
 
 def wait_until_healthy(url, process):
@@ -107,6 +114,28 @@ def test_points_in_the_journal_are_not_measured_again(measured, endpoint):
     assert again.at(1).prefill_s[0] == 0.0001
     assert again.at(1).prefill_s[-2:] == profile.at(1).prefill_s[-2:]
     assert len(journal.read_text().splitlines()) == 1 + 13
+
+
+def test_an_engine_that_dies_costs_what_it_was_at(truth, tmp_path):
+    journal, told = tmp_path / "points.jsonl", []
+    with emulated(replace(truth, max_num_seqs=2, max_model_len=150), tmp_path) as (url, process):
+
+        def kill_at_the_third(progress):
+            told.append(progress)
+            if progress.done == 3:
+                process.kill()
+
+        flags = EngineFlags(max_num_seqs=2)
+        options = {"device_type": "H100", "flags": flags, "journal": journal}
+        with pytest.raises(ScepsyError, match=r"broke off|cannot be reached"):
+            measure(url, "generator", **options, on_progress=kill_at_the_third)
+    assert len(told) == 3
+    assert len(journal.read_text().splitlines()) == 1 + 3
+    with emulated(replace(truth, max_num_seqs=2, max_model_len=150), tmp_path) as (url, _):
+        again = []
+        measure(url, "generator", **options, on_progress=again.append)
+    assert [one.text for one in again[:3]] == [one.text for one in told]
+    assert again[-1].done == again[-1].points == 7
 
 
 def test_loads_correct_a_profile_that_is_wrong(truth, endpoint, tmp_path):
