@@ -113,10 +113,14 @@ class Cluster:
 
     def largest_domain_of(self, device_type: str) -> int:
         """Devices of the largest fast-link domain of that type."""
-        sizes = [
-            len(domain) for node in self.nodes if node.device_type == device_type for domain in node.nvlink_domains
-        ]
-        return max(sizes, default=0)
+        return max(self._domain_sizes(device_type), default=0)
+
+    def groups_of(self, device_type: str, size: int) -> int:
+        """How many groups of `size` devices of that type its fast-link domains hold together."""
+        return sum(devices // size for devices in self._domain_sizes(device_type))
+
+    def _domain_sizes(self, device_type: str) -> list[int]:
+        return [len(domain) for node in self.nodes if node.device_type == device_type for domain in node.nvlink_domains]
 
 
 def parse_cluster(text: str) -> Cluster:

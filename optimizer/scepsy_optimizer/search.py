@@ -8,7 +8,7 @@ tangents is found by branch and bound (`branching.py`), until the bound and the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,10 +109,11 @@ def find_allocation(
     groups = _group(workload, requirements)
     offered = [tables[llm] for llm in makespans.llms]
     units, budgets = _budgets([_units_by_type(table, cluster) for table in offered], cluster, max_units)
+    shapes, rooms = _domain_budgets(offered, cluster)
     problem = Problem(
         speeds=[table.speeds for table in offered],
-        units=units,
-        budgets=budgets,
+        units=[np.column_stack([taken, shape]) for taken, shape in zip(units, shapes, strict=True)],
+        budgets=np.concatenate([budgets, rooms]),
         group_weights=groups.weights,
         limited=groups.limited,
         limits_s=groups.limits_s,
@@ -342,6 +343,32 @@ def _budgets(units: list[Ints], cluster: Cluster, max_units: int | None) -> tupl
         units = [np.column_stack([columns, columns.sum(axis=1)]) for columns in units]
         limits.append(whole)
     return units, np.array(limits)
+
+
+def _domain_budgets(tables: Sequence[OptionTable], cluster: Cluster) -> tuple[list[Ints], Ints]:
+    """What options take of fast-link domains that groups do not fill, and what there is, a column per type and size.
+
+    Groups of `size` devices and larger ones, counted by how many of that size they could be, may be as many as the
+    domains hold. Where every size divides the next larger one, whatever keeps to that for each size can be placed.
+    """
+    kinds = {(kind.device_type or cluster.device_type, kind.tensor_parallel_size) for t in tables for kind in t.kinds}
+    binding = [
+        (device_type, size)
+        for device_type, size in sorted(kinds)
+        if 0 < cluster.groups_of(device_type, size) * size < cluster.devices_of(device_type)
+    ]
+    taken = []
+    for table in tables:
+        each = [
+            [
+                kind.tensor_parallel_size // size if (kind.device_type or cluster.device_type) == device_type else 0
+                for device_type, size in binding
+            ]
+            for kind in table.kinds
+        ]
+        columns: Ints = table.counts @ np.array(each, dtype=int).reshape(len(table.kinds), len(binding))
+        taken.append(columns)
+    return taken, np.array([cluster.groups_of(*one) for one in binding], dtype=int)
 
 
 def _unit_needs(
