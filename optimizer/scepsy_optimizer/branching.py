@@ -262,7 +262,8 @@ class _Search:
                 self._bound_s = max(self._bound_s, bound_s)
             if bound_s >= solved.value - _RELAXED_GAP / 10 * abs(solved.value):
                 return solved
-            if not any([self._master.hold(llm, int(table.argmin())) for llm, table in enumerate(costs)]):
+            improving = [self._master.hold(llm, int(table.argmin())) for llm, table in enumerate(costs)]
+            if not any(improving):
                 return solved
 
     def _rounded(self, solved: Relaxed) -> tuple[int, ...]:

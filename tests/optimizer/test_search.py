@@ -1,18 +1,21 @@
 """The search against exhaustive enumeration, HiGHS, and its own certificate."""
 
 import itertools
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scepsy_optimizer.allocation import even_split
-from scepsy_optimizer.cluster import parse_cluster
+from scepsy_optimizer.cluster import Cluster, parse_cluster
 from scepsy_optimizer.errors import ScepsyError
-from scepsy_optimizer.options import list_options, make_offer
-from scepsy_optimizer.pipeline import build_pipeline, paper_latency_s
+from scepsy_optimizer.makespans import Makespans
+from scepsy_optimizer.pipeline import build_pipeline, paper_latency_s, workflow_latencies_s
 from scepsy_optimizer.replica import CallSpeed
-from scepsy_optimizer.search import find_allocation, highest_rate
+from scepsy_optimizer.requirements import NO_REQUIREMENTS, Requirements, WorkflowRequirements, objective_weights
+from scepsy_optimizer.search import find_allocation, highest_rate, list_tables
 from scepsy_optimizer.workload import aggregate
 
 
@@ -36,35 +39,126 @@ def profiles(make_profile):
     }
 
 
-def exhaustive(workload, profiles, rate, cluster, units):
-    """The best true mean makespan over every combination of options."""
-    offers = [
-        (
-            demand.llm,
-            list_options(
-                make_offer(demand, [profiles[demand.llm]], cluster),
-                calls_rps=rate * demand.visits,
-                max_units=units,
-            ),
-        )
-        for demand in workload.demands
-    ]
-    offers = [[(llm, table.option(row)) for row in range(len(table))] for llm, table in offers]
+def exhaustive(workload, tables, budgets, requirements=NO_REQUIREMENTS):
+    """The least weighted mean makespan over every combination of options within the budgets by device type."""
+    weights = np.array(objective_weights(workload, requirements))
+    makespans = Makespans(workload)
     best = float("inf")
-    for chosen in itertools.product(*offers):
-        if sum(offer.units for _, offer in chosen) <= units:
-            best = min(best, build_pipeline(workload, {llm: offer.speed for llm, offer in chosen}).built_latency_s)
+    for rows in itertools.product(*(range(len(tables[llm])) for llm in makespans.llms)):
+        picked = list(zip((tables[llm] for llm in makespans.llms), rows, strict=True))
+        if any(sum(table.units_of(kind)[row] for table, row in picked) > most for kind, most in budgets.items()):
+            continue
+        found = makespans.makespans_s(np.array([table.speeds[row] for table, row in picked]))
+        means = {
+            workflow: np.mean(
+                [value for value, run in zip(found, workload.timelines, strict=True) if run.workflow == workflow]
+            )
+            for workflow in workload.workflows
+        }
+        if all(means[workflow] <= limit for workflow, limit in requirements.latency_limits_s.items()):
+            best = min(best, float(weights @ found))
     return best
 
 
-@pytest.mark.parametrize(("rate", "units"), [(0.5, 20), (2.0, 30), (6.0, 30)])
-def test_the_search_is_within_its_certificate_of_the_true_optimum(workload, profiles, rate, units):
+@pytest.fixture(scope="module")
+def pair(make_execution):
+    """Two workflows of two LLMs at once: whichever is slower decides."""
+    runs = [
+        make_execution(f"e{n}", [("a", 0, 2 + n % 3), ("b", 0, 3), ("b", 5, 7)], workflow="wx"[n % 2], tokens=(700, 90))
+        for n in range(6)
+    ] + [make_execution("f", [("a", 0, 2), ("a", 2, 4), ("b", 4, 5)], workflow="x", tokens=(300, 200))]
+    return aggregate(runs)
+
+
+@pytest.mark.parametrize(("rate", "units"), [(0.5, 20), (4.0, 30), (12.0, 40)])
+def test_the_search_finds_the_optimum_over_all_options_and_proves_it(pair, profiles, rate, units):
     cluster = parse_cluster("2x2xH100")
-    found = find_allocation(workload, profiles, cluster, rate_rps=rate, max_units=units)
-    best = exhaustive(workload, profiles, rate, cluster, units)
+    found = find_allocation(pair, profiles, cluster, rate_rps=rate, max_units=units)
+    tables = list_tables(pair, profiles, cluster, rate_rps=rate, max_units=units)
     assert found is not None
-    assert found.lower_bound_s <= best + 1e-9 <= found.latency_s + 2e-9
-    assert found.latency_s <= best * 1.02
+    assert any(np.count_nonzero(table.counts, axis=1).max() > 1 for table in tables.values())
+    best = exhaustive(pair, tables, {"": units})
+    assert found.lower_bound_s <= best * (1 + 1e-9)
+    assert best * (1 - 1e-9) <= found.latency_s <= best * (1 + 1.01e-4)
+    assert found.lower_bound_s >= found.latency_s * (1 - 1.01e-4)
+
+
+def test_weights_and_limits_of_workflows_are_kept(pair, profiles):
+    cluster = parse_cluster("3xH100")
+    tables = list_tables(pair, profiles, cluster, rate_rps=4.0)
+    free = find_allocation(pair, profiles, cluster, rate_rps=4.0)
+    speeds = {llm: option.speed for llm, option in free.options.items()}
+    limit_s = workflow_latencies_s(pair, speeds)["w"] * 0.985
+    seen = set()
+    for requirements in (
+        Requirements(workflows={"x": WorkflowRequirements(weight=20.0)}),
+        Requirements(workflows={"w": WorkflowRequirements(latency_limit_s=limit_s)}),
+        Requirements(workflows={"w": WorkflowRequirements(latency_limit_s=limit_s / 100)}),
+    ):
+        best = exhaustive(pair, tables, {"": 30}, requirements)
+        found = find_allocation(pair, profiles, cluster, rate_rps=4.0, requirements=requirements)
+        assert (found is None) == (best == float("inf"))
+        seen.add(found is None)
+        if found is not None:
+            assert found.latency_s == pytest.approx(best, rel=1.01e-4)
+    assert seen == {True, False}
+
+
+@pytest.mark.parametrize("load", [0.3, 0.97])
+def test_two_device_types_share_an_llm_where_that_is_best(pair, profiles, load):
+    cluster = Cluster(nodes=(*parse_cluster("1xH100").nodes, replace(parse_cluster("2xL40S").nodes[0], name="other")))
+    both = {
+        llm: (
+            profile,
+            replace(profile, device_type="L40S", device_memory_gib=44.7, steps=tuple(map(slower, profile.steps))),
+        )
+        for llm, profile in profiles.items()
+    }
+    highest, bottleneck = highest_rate(pair, both, cluster)
+    assert bottleneck in {"a", "b"}
+    assert highest > highest_rate(pair, both, parse_cluster("1xH100"))[0]
+    rate = load * highest
+    found = find_allocation(pair, both, cluster, rate_rps=rate)
+    tables = list_tables(pair, both, cluster, rate_rps=rate)
+    assert found is not None
+    assert found.latency_s == pytest.approx(exhaustive(pair, tables, {"H100": 10, "L40S": 20}), rel=1.01e-4)
+    assert find_allocation(pair, both, cluster, rate_rps=highest * 1.0001) is None
+    types = {group.device_type for option in found.options.values() for group in option.groups}
+    assert types == ({"H100", "L40S"} if load > 0.5 else types)
+    for device_type, most in (("H100", 10), ("L40S", 20)):
+        groups = [group for option in found.options.values() for group in option.groups]
+        assert sum(group.units for group in groups if group.device_type == device_type) <= most
+
+
+def slower(steps):
+    return replace(
+        steps,
+        decode_s=tuple(tuple(2.2 * time for time in row) for row in steps.decode_s),
+        prefill_s=tuple(2.6 * time for time in steps.prefill_s),
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_makespans_in_arrays_are_those_of_the_timelines(workload, seed):
+    rng = np.random.default_rng(seed)
+    makespans = Makespans(workload)
+    values = rng.uniform(0, 1, (3, 3)) * np.array([0.1, 1e-4, 0.02])
+    speeds = {
+        llm: CallSpeed(fixed_s=fixed, input_s=each, output_s=out)
+        for llm, (fixed, each, out) in zip(makespans.llms, values.tolist(), strict=True)
+    }
+    tangents = makespans.tangents(makespans.speeds(speeds))
+    weights = np.array(workload.weights)
+    pipeline = build_pipeline(workload, speeds)
+    assert weights @ tangents.makespans_s == pytest.approx(pipeline.built_latency_s)
+    assert weights @ makespans.makespans_s(values) == pytest.approx(pipeline.built_latency_s)
+    assert weights @ tangents.fixed_s == pytest.approx(pipeline.fixed_s)
+    stages = [[stage.calls, stage.input_tokens, stage.output_tokens] for stage in pipeline.stages]
+    assert np.tensordot(weights, tangents.coefficients, 1) == pytest.approx(np.array(stages))
+    other = rng.uniform(0, 1, (3, 3)) * np.array([0.1, 1e-4, 0.02])
+    bounds = tangents.fixed_s + np.tensordot(tangents.coefficients, other, 2)
+    assert (bounds <= makespans.makespans_s(other) + 1e-9).all()
 
 
 def test_highest_rate_is_just_feasible(workload, profiles):
