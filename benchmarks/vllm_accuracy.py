@@ -59,10 +59,10 @@ WHOLE_CORES = {llm: (Choice(tensor_parallel_size=1, fraction=Fraction(1), replic
 LOADS = (0.25, 0.45, 0.65)
 SEEDS = (1, 2)
 TRACED = 300
-ROUND_S, LEAD_S, TAIL_S = 36.0, 4.0, 2.0
+ROUND_S, LEAD_S, TAIL_S = 34.0, 4.0, 2.0
 """How long executions arrive in a round, and how much of it is not counted: engines fill up and run empty."""
 
-SATURATED, SATURATION_S = 24, 40.0
+SATURATED, SATURATION_S = 24, 36.0
 """Executions in flight at saturation, and for how long."""
 
 PROFILE_OPTIONS = ("--requests", "16", "--max-num-seqs", "8", "--max-num-batched-tokens", "1024")

@@ -22,10 +22,8 @@ from scepsy.profiling.journal import Journal
 from scepsy.profiling.progress import Work
 
 _WARM_UP = (64, 16)
-# How often a point is timed, and one of more prompt tokens than `_CHEAP`.
-_REPEATS = 3
-_REPEATS_LONG = 2
-_CHEAP = 2048
+# How often a point of up to so many prompt tokens is timed, and once beyond.
+_REPEATS = ((2048, 3), (8192, 2))
 # How many tokens more the longer calls have.
 _DECODE_TOKENS = 32
 _SHORTEST_STEP_S = 1e-5
@@ -150,7 +148,7 @@ def _key(engine: str, *what: object) -> str:
 
 
 def _repeats(prompt_tokens: int) -> int:
-    return _REPEATS if prompt_tokens <= _CHEAP else _REPEATS_LONG
+    return next((repeats for most, repeats in _REPEATS if prompt_tokens <= most), 1)
 
 
 async def _prefill(endpoint: Endpoint, tokens: int) -> dict[str, float]:
