@@ -1,7 +1,8 @@
 """The frontier: which mean latencies, rates and numbers of devices can be had together.
 
 Every pair of a rate and a number of devices is one search; what some other point beats in all three respects is left
-out. Devices are counted here, not placed: a plan is made for the point that is chosen.
+out. Devices are counted here, not placed: a plan is made for the point that is chosen. What LLMs are offered is listed
+once for each rate and the whole cluster, so a plan for fewer devices may find a mix that is a little better.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import numpy as np
 from scepsy_optimizer.allocation import MAX_UTILISATION, UNITS_PER_DEVICE, Groups
 from scepsy_optimizer.cluster import Cluster
 from scepsy_optimizer.errors import ScepsyError
+from scepsy_optimizer.makespans import Makespans
 from scepsy_optimizer.profile import Profiles
 from scepsy_optimizer.requirements import NO_REQUIREMENTS, Requirements
-from scepsy_optimizer.search import Allocation, find_allocation, highest_rate
+from scepsy_optimizer.search import Allocation, choose, highest_rate, list_tables
 from scepsy_optimizer.workload import Workload
 
 _MAX_COUNTS = 16
@@ -59,26 +61,24 @@ def find_frontier(
     if any(not 0 < rate < float("inf") for rate in rates):
         raise ScepsyError("the rates of a frontier must be positive numbers of executions per second")
     counts = device_counts(cluster.devices)
+    makespans = Makespans(workload)
     points = []
     for number, rate in enumerate(rates):
+        tables = list_tables(
+            workload, profiles, cluster, rate_rps=rate, max_utilisation=max_utilisation, requirements=requirements
+        )
         # From the most devices down: an allocation that leaves some free is the answer for fewer as well.
         found: Allocation | None = None
         for done, count in enumerate(reversed(counts)):
             if on_progress is not None:
                 on_progress(number * len(counts) + done, len(rates) * len(counts))
-            if found is None or _devices(found) > count:
-                found = find_allocation(
-                    workload,
-                    profiles,
-                    cluster,
-                    rate_rps=rate,
-                    max_units=count * UNITS_PER_DEVICE,
-                    max_utilisation=max_utilisation,
-                    requirements=requirements,
-                )
-                if found is None:
-                    break
-                points.append(_point(found, rate))
+            if tables is None or (found is not None and _devices(found) <= count):
+                continue
+            units = count * UNITS_PER_DEVICE
+            found = choose(workload, makespans, cluster, tables, max_units=units, requirements=requirements)
+            if found is None:
+                break
+            points.append(_point(found, rate))
     return undominated(points)
 
 

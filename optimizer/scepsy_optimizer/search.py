@@ -105,7 +105,22 @@ def find_allocation(
     )
     if tables is None:
         return None
-    makespans = Makespans(workload)
+    return choose(workload, Makespans(workload), cluster, tables, max_units=max_units, requirements=requirements)
+
+
+def choose(
+    workload: Workload,
+    makespans: Makespans,
+    cluster: Cluster,
+    tables: Mapping[str, OptionTable],
+    *,
+    max_units: int | None = None,
+    requirements: Requirements = NO_REQUIREMENTS,
+) -> Allocation | None:
+    """The best option of each LLM from tables that are there already, such as those of a larger budget.
+
+    `makespans` are those of the workload; the rest is as in `find_allocation`.
+    """
     groups = _group(workload, requirements)
     offered = [tables[llm] for llm in makespans.llms]
     units, budgets = _budgets([_units_by_type(table, cluster) for table in offered], cluster, max_units)
