@@ -29,7 +29,7 @@ from scepsy_optimizer.cluster import Cluster
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.makespans import Makespans
 from scepsy_optimizer.master import Problem, can_pack
-from scepsy_optimizer.options import capacity_by_units, list_counts, list_options, make_offer
+from scepsy_optimizer.options import Offer, capacity_by_units, list_counts, list_options, make_offer
 from scepsy_optimizer.profile import LLMProfile, Profiles, profiles_of
 from scepsy_optimizer.requirements import (
     NO_REQUIREMENTS,
@@ -208,9 +208,10 @@ def list_tables(
 
     None where they do not all fit.
     """
+    offers = _offers(workload, profiles, cluster, requirements)
     fewest = dict.fromkeys((demand.llm for demand in workload.demands), 0.0)
     if len(cluster.device_types) == 1:
-        needs = _unit_needs(workload, profiles, cluster, max_utilisation, requirements)
+        needs = _unit_needs(workload, offers, cluster, max_utilisation, requirements)
         fewest = {demand.llm: needs[demand.llm](rate_rps * demand.visits) for demand in workload.demands}
     spare = budget_units(cluster, max_units) - sum(fewest.values())
     if spare < 0:
@@ -218,15 +219,15 @@ def list_tables(
     tables = {}
     for demand in workload.demands:
         required = requirements.of_llm(demand.llm)
-        offered = _offered_profiles(profiles, demand.llm, cluster, required)
+        offer = offers[demand.llm]
         calls_rps = rate_rps * demand.visits
         if required.fixed:
             tables[demand.llm] = table_of(
-                demand, offered, required.fixed, calls_rps=calls_rps, max_utilisation=max_utilisation
+                demand, offer.profiles, required.fixed, calls_rps=calls_rps, max_utilisation=max_utilisation
             )
             continue
         table = list_options(
-            make_offer(demand, offered, cluster),
+            offer,
             calls_rps=calls_rps,
             max_units=int(fewest[demand.llm] + spare),
             max_utilisation=max_utilisation,
@@ -255,7 +256,8 @@ def highest_rate(
     if len(cluster.device_types) > 1:
         return _highest_rate_over_types(workload, profiles, cluster, max_units, max_utilisation, requirements)
     units = budget_units(cluster, max_units)
-    needs = _unit_needs(workload, profiles, cluster, max_utilisation, requirements)
+    offers = _offers(workload, profiles, cluster, requirements)
+    needs = _unit_needs(workload, offers, cluster, max_utilisation, requirements)
     visits = {demand.llm: demand.visits for demand in workload.demands}
 
     def need(rate_rps: float) -> float:
@@ -306,16 +308,16 @@ def _highest_rate_over_types(
     """`highest_rate` where devices of one type do not stand for those of another."""
     visits = {demand.llm: demand.visits for demand in workload.demands}
     whole = budget_units(cluster, max_units)
+    offers = _offers(workload, profiles, cluster, requirements)
 
     def is_reached(rates_rps: Mapping[str, float]) -> bool:
         taken = []
         for demand in workload.demands:
             required = requirements.of_llm(demand.llm)
-            offered = _offered_profiles(profiles, demand.llm, cluster, required)
+            offer = offers[demand.llm]
             needed_rps = rates_rps[demand.llm] * demand.visits / max_utilisation
-            offer = make_offer(demand, offered, cluster)
             if required.fixed:
-                table = table_of(demand, offered, required.fixed, calls_rps=1e-9, max_utilisation=1.0)
+                table = table_of(demand, offer.profiles, required.fixed, calls_rps=1e-9, max_utilisation=1.0)
                 if table.max_rps[0] < needed_rps * (1 - 1e-9):
                     return False
                 taken.append(_units_by_type(table, cluster))
@@ -386,29 +388,40 @@ def _domain_budgets(tables: Sequence[OptionTable], cluster: Cluster) -> tuple[li
     return taken, np.array([cluster.groups_of(*one) for one in binding], dtype=int)
 
 
+def _offers(workload: Workload, profiles: Profiles, cluster: Cluster, requirements: Requirements) -> dict[str, Offer]:
+    """What each LLM can be offered on the device types that it may use."""
+    return {
+        demand.llm: make_offer(
+            demand, _offered_profiles(profiles, demand.llm, cluster, requirements.of_llm(demand.llm)), cluster
+        )
+        for demand in workload.demands
+    }
+
+
 def _unit_needs(
-    workload: Workload, profiles: Profiles, cluster: Cluster, max_utilisation: float, requirements: Requirements
+    workload: Workload,
+    offers: Mapping[str, Offer],
+    cluster: Cluster,
+    max_utilisation: float,
+    requirements: Requirements,
 ) -> dict[str, Callable[[float], float]]:
     """`_unit_need` of each LLM."""
     return {
-        demand.llm: _unit_need(demand, profiles, cluster, max_utilisation, requirements.of_llm(demand.llm))
+        demand.llm: _unit_need(demand, offers[demand.llm], cluster, max_utilisation, requirements.of_llm(demand.llm))
         for demand in workload.demands
     }
 
 
 def _unit_need(
-    demand: LLMDemand, profiles: Profiles, cluster: Cluster, max_utilisation: float, required: LLMRequirements
+    demand: LLMDemand, offer: Offer, cluster: Cluster, max_utilisation: float, required: LLMRequirements
 ) -> Callable[[float], float]:
     """The fewest units that carry a rate of calls, as a function of that rate; infinite where nothing does."""
-    offered = _offered_profiles(profiles, demand.llm, cluster, required)
     if required.fixed:
-        option = evaluate_groups(demand, offered, required.fixed, calls_rps=1e-9, max_utilisation=max_utilisation)
+        option = evaluate_groups(
+            demand, offer.profiles, required.fixed, calls_rps=1e-9, max_utilisation=max_utilisation
+        )
         return lambda calls_rps: option.units if calls_rps <= option.max_rps * (1 + 1e-9) else float("inf")
-    most_rps = capacity_by_units(
-        make_offer(demand, offered, cluster),
-        max_units=max_units_of(required, cluster),
-        min_replicas=required.min_replicas,
-    )
+    most_rps = capacity_by_units(offer, max_units=max_units_of(required, cluster), min_replicas=required.min_replicas)
 
     def need(calls_rps: float) -> float:
         needed_rps = calls_rps / max_utilisation * (1 - 1e-9)
