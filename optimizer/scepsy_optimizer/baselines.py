@@ -222,7 +222,8 @@ class _Row:
         kinds = [kind for kind in kinds if kind[0] <= max_tensor_parallel_size]
         kinds += [(1, Fraction(piece, steps)) for piece in range(1, steps)]
         capacity = {kind: saturation_rps(profile, kind[0], float(kind[1]), shape) for kind in kinds}
-        load = np.linspace(0, 1, 201)[:-1]
+        # From almost nothing: the closed form divides by the rate.
+        load = np.linspace(0, 1, 201)[:-1] + 1e-6
         # Mean time of a call on a replica of each kind, by its utilisation: all replicas of an LLM have the same.
         times_s = {}
         for kind, most in capacity.items():
