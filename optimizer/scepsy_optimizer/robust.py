@@ -22,19 +22,30 @@ _RESAMPLES = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UnderLoad:
+    """A plan when every LLM has its load at the quantile: mean latency, and the highest utilisation of any LLM.
+
+    The latency is infinite beyond saturation; above the highest utilisation that is planned for it is a rough figure.
+    """
+
+    latency_s: float
+    utilisation: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Robustness:
     """What planning for a quantile costs and what it buys.
 
     `factors` say how many times its mean load each LLM is planned for, `plain` is the plan without this caution: what
-    it does better at the traced means is the price. `latency_at_quantile_s` and `plain_at_quantile_s` are the mean
-    latencies of both plans when every LLM has its load at the quantile; infinite where a plan does not carry that.
+    it does better at the traced means is the price. `at_quantile` and `plain_at_quantile` are both plans under the
+    loads of the quantile.
     """
 
     quantile: float
     factors: Mapping[str, float]
     plain: Plan
-    latency_at_quantile_s: float
-    plain_at_quantile_s: float
+    at_quantile: UnderLoad
+    plain_at_quantile: UnderLoad
 
 
 def plan_robustly(
@@ -63,8 +74,8 @@ def plan_robustly(
         quantile=quantile,
         factors=factors,
         plain=plain,
-        latency_at_quantile_s=_latency_s(_predicted(plan, loaded, profiles, plan.rate_rps)),
-        plain_at_quantile_s=_latency_s(_predicted(plain, loaded, profiles, plain.rate_rps)),
+        at_quantile=_under_load(_predicted(plan, loaded, profiles, plan.rate_rps)),
+        plain_at_quantile=_under_load(_predicted(plain, loaded, profiles, plain.rate_rps)),
     )
 
 
@@ -113,5 +124,6 @@ def _predicted(plan: Plan, workload: Workload, profiles: Profiles, rate_rps: flo
     return predict(workload, profiles, plan.cluster, plan_choices(plan), rate_rps=rate_rps, provenance=plan.provenance)
 
 
-def _latency_s(plan: Plan) -> float:
-    return float("inf") if plan.prediction is None else plan.prediction.latency_s
+def _under_load(plan: Plan) -> UnderLoad:
+    assert plan.prediction is not None  # noqa: S101 - every predicted plan has one
+    return UnderLoad(latency_s=plan.prediction.latency_s, utilisation=max(part.utilisation for part in plan.llms))

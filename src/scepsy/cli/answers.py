@@ -15,7 +15,7 @@ from scepsy_optimizer.moves import plan_moves
 from scepsy_optimizer.next_device import NextDevice
 from scepsy_optimizer.plan import Plan
 from scepsy_optimizer.planner import plan_choices
-from scepsy_optimizer.robust import Robustness
+from scepsy_optimizer.robust import Robustness, UnderLoad
 from scepsy_optimizer.sharing import WorkflowShare
 from scepsy_optimizer.what_if import WhatIf
 
@@ -122,9 +122,12 @@ def describe_robustness(plan: Plan, found: Robustness) -> str:
         price += f", {devices:g} instead of {plain:g} devices"
     return (
         f"robust: loads at the {found.quantile:g} quantile ({factors}). Its price: {price}. "
-        f"What it buys: {_seconds(found.latency_at_quantile_s)} s instead of {_seconds(found.plain_at_quantile_s)} s "
-        "at that quantile"
+        f"At that quantile: {_under_load(found.at_quantile)}, instead of {_under_load(found.plain_at_quantile)}"
     )
+
+
+def _under_load(found: UnderLoad) -> str:
+    return f"{_seconds(found.latency_s)} s, LLMs loaded up to {found.utilisation:.0%}"
 
 
 def _describe_change(old: Plan, new: Plan) -> str:
