@@ -254,8 +254,9 @@ class _Run:
         replica.outstanding += 1
         if replica.stretch is None:
             self._begin(time_s, replica)
-            self._disturb(time_s, replica)
         else:
+            # At its end the stretch counts those who wait then as waiting all along.
+            self._waiting_s[request.llm] -= time_s - replica.since_s
             self._cut(time_s, replica)
 
     def _common_tokens(self, timeline: Timeline) -> dict[str, int]:
@@ -283,20 +284,18 @@ class _Run:
                 replica.stretch = replace(stretch, steps=done)
                 self._await(replica)
 
-    def _disturb(self, time_s: float, replica: Replica) -> None:
-        """Let those who share the replica's device see that it has begun or ended to use it."""
-        for other in replica.neighbours:
-            self._cut(time_s, other)
-
     def _begin(self, time_s: float, replica: Replica) -> None:
+        was_reading = replica.stretch is not None and replica.stretch.bandwidth > 0
         others = sum(other.stretch.bandwidth for other in replica.neighbours if other.stretch is not None)
         replica.stretch = replica.stepper.begin(others_bandwidth=others)
         replica.since_s = time_s
         replica.version += 1
         if replica.stretch is not None:
             self._await(replica)
-        else:
-            self._disturb(time_s, replica)
+        if was_reading != (replica.stretch is not None and replica.stretch.bandwidth > 0):
+            # Those who share the device are slower, or faster, from their next step on.
+            for other in replica.neighbours:
+                self._cut(time_s, other)
 
     def _await(self, replica: Replica) -> None:
         assert replica.stretch is not None  # noqa: S101 - both callers have just set it

@@ -224,8 +224,12 @@ class _Steps:
         self.fraction = fraction
         self.shape = shape
         self.clock = StepClock(profile, tensor_parallel_size, fraction)
-        self._grid = np.unique(np.concatenate([np.linspace(1, 64, 64), np.linspace(64, profile.max_num_seqs, 48)]))
-        self._times = np.array([self.clock.decode_s(float(batch), shape.context) for batch in self._grid])
+        grid = np.unique(np.concatenate([np.linspace(1, 64, 64), np.linspace(64, profile.max_num_seqs, 48)]))
+        times = np.array([self.clock.decode_s(float(batch), shape.context) for batch in grid])
+        # A mean batch below one is no step of one call: the line through the first points goes on to 0.
+        slope = (times[1] - times[0]) / (grid[1] - grid[0]) if len(grid) > 1 else 0.0
+        self._grid = np.concatenate([[0.0], grid])
+        self._times = np.concatenate([[max(0.0, times[0] - slope * grid[0])], times])
         # What attention computes for the mean prompt, beyond what the table has for one of as many computed tokens.
         self.attention_s = self.clock.attention_s * shape.pairs
 
