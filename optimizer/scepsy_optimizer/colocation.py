@@ -1,176 +1,181 @@
-"""Which of the replicas of one shape sits on which node, so that LLMs that call each other share nodes.
+"""Leanings in the choice of nodes: LLMs that call each other together, or the replicas of an LLM apart.
 
-Replicas of the same shape change places freely: whatever else sits where, and what stays free, does not change by that.
-Maximising the calls that stay on a node is a quadratic assignment, which is hard. Nodes are filled one after another,
-each with what calls most, or is called most by, what is on it already; then pairs of replicas change places while that
-helps, up to a number of tries.
+Keeping the most calls on their node is a quadratic assignment, which is hard. Replicas are placed one after another,
+each on the node whose replicas its LLM calls, or is called by, most; then pairs of replicas of one shape change places
+while that helps, up to a number of tries: whatever else sits where, and what stays free, does not change by that.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import product
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from scepsy_optimizer.cluster import Node
+from scepsy_optimizer.free_devices import Floats, Replica
+from scepsy_optimizer.plan import Slot
 from scepsy_optimizer.timeline import waits
 from scepsy_optimizer.workload import Workload
 
-Floats = NDArray[np.float64]
-Shape = tuple[int, int]
-
 # What a call below the same switch is worth beside one on the same node.
 _SAME_SWITCH = 0.25
-_MAX_TRIES = 300
+_MAX_TRIES = 200
 _NOTHING = 1e-12
 _MAX_EXECUTIONS = 200
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Seat:
-    """A replica where it sits now; `weight` is its part in the LLM's calls, in any unit. A fixed one stays."""
+class Leaning(Protocol):
+    """What makes one node better than another for a replica, where devices do not decide."""
 
-    llm: str
-    shape: Shape
-    weight: float
-    node: str
-    fixed: bool
+    def rank(self, replica: Replica, done: int) -> float:
+        """Among replicas of one shape the lowest chooses first; `done` of its group have chosen before."""
+        ...
+
+    def cost(self, replica: Replica) -> Floats:
+        """By node; the least is best."""
+        ...
+
+    def count(self, replica: Replica, node: int, sign: int) -> None:
+        """A replica has come to a node (1) or has gone (-1)."""
+        ...
 
 
-def gather(
-    seats: Sequence[Seat], nodes: Sequence[str], switches: Sequence[str], calls: Mapping[tuple[str, str], float]
-) -> list[int]:
-    """For each replica the index of the seat that it should have; fixed ones keep theirs.
+class Spread:
+    """Fewest replicas of the same LLM on a node; LLMs with the most replicas choose first: they need the most nodes."""
 
-    `calls` says how often a call of the first LLM is followed by one of the second, and `switches` names what each node
-    hangs on ("" for nothing known). The calls of an LLM spread over its replicas by their weight.
+    def __init__(self, nodes: int, wanted: Counter[Replica]) -> None:
+        self._replicas: Counter[str] = Counter()
+        for replica, count in wanted.items():
+            self._replicas[replica.llm] += count
+        self._held = {llm: np.zeros(nodes) for llm in self._replicas}
+
+    def rank(self, replica: Replica, done: int) -> float:  # noqa: ARG002 - the same for all of a group
+        """See `Leaning`."""
+        return -float(self._replicas[replica.llm])
+
+    def cost(self, replica: Replica) -> Floats:
+        """See `Leaning`."""
+        return self._held[replica.llm]
+
+    def count(self, replica: Replica, node: int, sign: int) -> None:
+        """See `Leaning`."""
+        self._held[replica.llm][node] += sign
+
+
+class Gather:
+    """Most calls to and from what is on the node already; the groups choose by turns, so that they mix.
+
+    `calls` says how often a call of the first LLM is followed by one of the second. The calls of an LLM spread over its
+    replicas by the devices that they take.
     """
-    llms = sorted({seat.llm for seat in seats})
-    llm_of = [llms.index(seat.llm) for seat in seats]
-    node_index = {node: index for index, node in enumerate(nodes)}
-    follow = _follow(llms, calls)
-    total = np.zeros(len(llms))
-    for seat, llm in zip(seats, llm_of, strict=True):
-        total[llm] += seat.weight
-    # How many seats of each shape each node has to give, and how many replicas of each LLM want one.
-    shapes = sorted({seat.shape for seat in seats})
-    shape_of = [shapes.index(seat.shape) for seat in seats]
-    room = np.zeros((len(shapes), len(nodes)), dtype=int)
-    waiting = np.zeros((len(shapes), len(llms)), dtype=int)
-    here = np.zeros((len(nodes), len(llms)))
-    weights = np.zeros(len(shapes))
-    for seat, llm, shape in zip(seats, llm_of, shape_of, strict=True):
-        weights[shape] = seat.weight
-        if seat.fixed:
-            here[node_index[seat.node], llm] += seat.weight / total[llm]
+
+    def __init__(
+        self, nodes: Sequence[Node], wanted: Counter[Replica], units: int, calls: Mapping[tuple[str, str], float]
+    ) -> None:
+        self._wanted = wanted
+        self._llms = {llm: index for index, llm in enumerate(sorted({replica.llm for replica in wanted}))}
+        self._follow = np.zeros((len(self._llms), len(self._llms)))
+        for (one, other), rate in calls.items():
+            if one in self._llms and other in self._llms:
+                self._follow[self._llms[one], self._llms[other]] += rate / 2
+                self._follow[self._llms[other], self._llms[one]] += rate / 2
+        total: Counter[str] = Counter()
+        for replica, count in wanted.items():
+            total[replica.llm] += count * (replica.size * units + replica.units)
+        self._part = {one: (one.size * units + one.units) / total[one.llm] for one in wanted}
+        names = np.array([node.switch for node in nodes])
+        self._near: Floats = _SAME_SWITCH * ((names[:, None] == names[None, :]) & (names != "")[:, None])
+        self._switched = bool(self._near.any())
+        np.fill_diagonal(self._near, 1.0)
+        self._here = np.zeros((len(nodes), len(self._llms)))
+        self._costs = np.zeros((len(self._llms), len(nodes)))
+
+    def rank(self, replica: Replica, done: int) -> float:
+        """See `Leaning`."""
+        return (done + 0.5) / self._wanted[replica]
+
+    def cost(self, replica: Replica) -> Floats:
+        """See `Leaning`."""
+        costs: Floats = self._costs[self._llms[replica.llm]]
+        return costs
+
+    def count(self, replica: Replica, node: int, sign: int) -> None:
+        """See `Leaning`."""
+        llm, part = self._llms[replica.llm], sign * self._part[replica]
+        self._here[node, llm] += part
+        pull = self._follow[llm] * part
+        if self._switched:
+            self._costs -= np.outer(pull, self._near[node])
         else:
-            room[shape, node_index[seat.node]] += 1
-            waiting[shape, llm] += 1
-    names = np.array(switches)
-    near = _SAME_SWITCH * ((names[:, None] == names[None, :]) & (names != "")[:, None])
-    np.fill_diagonal(near, 1.0)
-    parts = weights[:, None] / total[None, :]
-    given = _fill(room, waiting, here, parts, follow, near)
-    _swap(given, here, parts, follow, near)
-    return _seat(seats, shape_of, llm_of, node_index, given)
+            self._costs[:, node] -= pull
 
+    def swapped(
+        self,
+        nodes: Mapping[str, int],
+        placed: Mapping[Replica, Sequence[Slot]],
+        fixed: Mapping[Replica, Sequence[Slot]],
+    ) -> dict[Replica, list[Slot]]:
+        """The same slots after replicas of one shape have changed places; those of `fixed` keep theirs.
 
-def _follow(llms: Sequence[str], calls: Mapping[tuple[str, str], float]) -> Floats:
-    number = {llm: index for index, llm in enumerate(llms)}
-    follow = np.zeros((len(llms), len(llms)))
-    for (one, other), rate in calls.items():
-        if one in number and other in number:
-            follow[number[one], number[other]] += rate / 2
-            follow[number[other], number[one]] += rate / 2
-    return follow
+        What has been counted must be what is placed.
+        """
+        shapes = sorted({(replica.size, replica.units) for replica in placed})
+        groups = {shape: [one for one in placed if (one.size, one.units) == shape] for shape in shapes}
+        result = {replica: list(fixed.get(replica, ())) for replica in placed}
+        for members in groups.values():
+            seats: list[list[Slot]] = [[] for _ in nodes]
+            given = np.zeros((len(nodes), len(members)), dtype=int)
+            for index, replica in enumerate(members):
+                movable = Counter(placed[replica])
+                movable.subtract(result[replica])
+                for slot in movable.elements():
+                    seats[nodes[slot.node]].append(slot)
+                    given[nodes[slot.node], index] += 1
+            self._swap(given, members)
+            for node, left in enumerate(seats):
+                for index, replica in enumerate(members):
+                    for _ in range(given[node, index]):
+                        result[replica].append(left.pop(0))
+        return result
 
+    def _swap(self, given: NDArray[np.int_], members: Sequence[Replica]) -> None:
+        """Let two replicas of one shape on two nodes change places, as long as more calls stay near by that.
 
-def _fill(
-    room: NDArray[np.int_], waiting: NDArray[np.int_], here: Floats, parts: Floats, follow: Floats, near: Floats
-) -> NDArray[np.int_]:
-    """Replicas by shape, node and LLM; `here`, the part of each LLM on each node, is brought up to date."""
-    given = np.zeros((*room.shape, waiting.shape[1]), dtype=int)
-    waiting, room = waiting.copy(), room.copy()
-    whole = parts * follow.sum(axis=1)
-    for node in range(room.shape[1]):
-        pull = follow @ (near[node] @ here)
-        for _ in range(room[:, node].sum()):
-            gain = parts * pull if pull.any() else whole
-            best = int(np.where((waiting > 0) & (room[:, node, None] > 0), gain, -1.0).argmax())
-            shape, llm = divmod(best, waiting.shape[1])
-            given[shape, node, llm] += 1
-            waiting[shape, llm] -= 1
-            room[shape, node] -= 1
-            here[node, llm] += parts[shape, llm]
-            pull += follow[:, llm] * parts[shape, llm]
-    return given
-
-
-def _swap(given: NDArray[np.int_], here: Floats, parts: Floats, follow: Floats, near: Floats) -> None:
-    """Let two replicas of one shape on two nodes change places, as long as more calls stay near by that."""
-    shapes, nodes, _ = given.shape
-    tries = 0
-    improved = True
-    own = np.diag(follow)
-    squares = [part**2 * own for part in parts]
-    changes = [
-        square[:, None] + square[None, :] - 2 * np.outer(part, part) * follow
-        for square, part in zip(squares, parts, strict=True)
-    ]
-    # Neighbours in the order of filling first: what was split there is what may come together.
-    pairs = [(one, one + gap) for gap in range(1, nodes) for one in range(nodes - gap)]
-    pairs = pairs[:_MAX_TRIES]
-    while improved:
-        improved = False
-        for shape, (one, other) in product(range(shapes), pairs):
-            go, come = given[shape, one].nonzero()[0], given[shape, other].nonzero()[0]
-            if not (len(go) and len(come)):
-                continue
-            tries += 1
-            if tries > _MAX_TRIES:
-                return
-            pull = parts[shape] * (follow @ ((near[other] - near[one]) @ here))
-            gain = pull[go, None] - pull[None, come] + (1 - near[one, other]) * changes[shape][np.ix_(go, come)]
-            best = int(gain.argmax())
-            if gain.flat[best] <= _NOTHING:
-                continue
-            improved = True
-            goes, comes = go[best // len(come)], come[best % len(come)]
-            for node, sign in ((one, -1), (other, 1)):
-                given[shape, node, goes] += sign
-                given[shape, node, comes] -= sign
-                here[node, goes] += sign * parts[shape, goes]
-                here[node, comes] -= sign * parts[shape, comes]
-
-
-def _seat(
-    seats: Sequence[Seat],
-    shape_of: Sequence[int],
-    llm_of: Sequence[int],
-    node_index: Mapping[str, int],
-    given: NDArray[np.int_],
-) -> list[int]:
-    """Seats by replica; one that may keep its own does."""
-    empty: dict[tuple[int, int], list[int]] = defaultdict(list)
-    result = [-1] * len(seats)
-    for index, (seat, shape, llm) in enumerate(zip(seats, shape_of, llm_of, strict=True)):
-        node = node_index[seat.node]
-        if seat.fixed:
-            result[index] = index
-        elif given[shape, node, llm]:
-            given[shape, node, llm] -= 1
-            result[index] = index
-        else:
-            empty[shape, node].append(index)
-    for index, (shape, llm) in enumerate(zip(shape_of, llm_of, strict=True)):
-        if result[index] < 0:
-            node = int(given[shape, :, llm].argmax())
-            given[shape, node, llm] -= 1
-            result[index] = empty[shape, node].pop(0)
-    return result
+        `given` has how many of each group sit on each node, and is brought up to date.
+        """
+        llms = [self._llms[replica.llm] for replica in members]
+        parts = np.array([self._part[replica] for replica in members])
+        follow = self._follow[np.ix_(llms, llms)]
+        squares = parts**2 * np.diag(follow)
+        change = squares[:, None] + squares[None, :] - 2 * np.outer(parts, parts) * follow
+        # Neighbours first: what was split between them is what may come together.
+        pairs = [(one, one + gap) for gap in range(1, len(given)) for one in range(len(given) - gap)][:_MAX_TRIES]
+        tries = 0
+        improved = len(members) > 1
+        while improved:
+            improved = False
+            for one, other in pairs:
+                go, come = given[one].nonzero()[0], given[other].nonzero()[0]
+                if not (len(go) and len(come)):
+                    continue
+                tries += 1
+                if tries > _MAX_TRIES:
+                    return
+                pull = parts * (self._costs[llms, one] - self._costs[llms, other])
+                gain = pull[go, None] - pull[None, come] + (1 - self._near[one, other]) * change[np.ix_(go, come)]
+                best = int(gain.argmax())
+                if gain.flat[best] <= _NOTHING:
+                    continue
+                improved = True
+                goes, comes = go[best // len(come)], come[best % len(come)]
+                for node, sign in ((one, -1), (other, 1)):
+                    given[node, goes] += sign
+                    given[node, comes] -= sign
+                    self.count(members[goes], node, sign)
+                    self.count(members[comes], node, -sign)
 
 
 def calls_between(workload: Workload) -> dict[tuple[str, str], float]:

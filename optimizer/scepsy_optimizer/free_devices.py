@@ -12,6 +12,7 @@ from scepsy_optimizer.cluster import Node
 from scepsy_optimizer.plan import Slot
 
 Ints = NDArray[np.int_]
+Floats = NDArray[np.float64]
 
 _UNTOUCHED = 1 << 40
 _FULLEST = 1 << 24
@@ -76,6 +77,7 @@ class FreeDevices:
         self._shared: list[tuple[int, int]] = []
         self._shared_at: dict[tuple[int, int], int] = {}
         self._left: Ints = np.zeros(0, dtype=int)
+        self._shared_node: Ints = np.zeros(0, dtype=int)
 
     @property
     def domains(self) -> int:
@@ -102,9 +104,20 @@ class FreeDevices:
         """Index of the node that a domain belongs to."""
         return int(self._node_of[domain])
 
-    def find_domain(self, size: int, held: Ints | None = None) -> int | None:
-        """The domain to take `size` devices from; with `held`, by node, one of a node that holds least."""
-        return self._best(self._free >= size, held)
+    def whole(self) -> list[Slot]:
+        """The wholly free devices, a slot for each domain that has some."""
+        return [
+            Slot(
+                node=self._nodes[domain.node].name,
+                devices=tuple(device for device in domain.devices if domain.free >> domain.positions[device] & 1),
+            )
+            for domain in self._domains
+            if domain.free
+        ]
+
+    def find_domain(self, size: int, cost: Floats | None = None) -> int | None:
+        """The domain to take `size` devices from; with a `cost` by node, one of a node of least cost."""
+        return self._best(self._free >= size, cost)
 
     def take(self, domain: int, size: int) -> Slot:
         """Take `size` free devices of a domain: an aligned block where there is one, of those the least useful."""
@@ -139,18 +152,18 @@ class FreeDevices:
         self._occupy(slot, domain, sum(1 << positions[device] for device in slot.devices))
         return True
 
-    def find_share(self, units: int, held: Ints | None = None) -> Slot | None:
-        """The shared device to take `units` of, or a free device to be shared; with `held`, by node, where least is."""
-        at = self._best_share(units, held)
-        domain = self.find_domain(1, held)
-        # A device of another node is opened only if that spreads the replicas.
-        spreads = (
+    def find_share(self, units: int, cost: Floats | None = None) -> Slot | None:
+        """The shared device to take `units` of, or a free one to share; with a `cost` by node, where it is least."""
+        at = self._best_share(units, cost)
+        domain = self.find_domain(1, cost)
+        # A free device is shared where others are only if that costs less.
+        cheaper = (
             at is not None
             and domain is not None
-            and held is not None
-            and held[self.node_of(domain)] < held[self.node_of(self._shared[at][0])]
+            and cost is not None
+            and cost[self.node_of(domain)] < cost[self.node_of(self._shared[at][0])]
         )
-        if spreads:
+        if cheaper:
             at = None
         if at is not None:
             domain, device = self._shared[at]
@@ -176,6 +189,7 @@ class FreeDevices:
                 at = self._shared_at[domain, device] = len(self._shared)
                 self._shared.append((domain, device))
                 self._left = np.append(self._left, self.units)
+                self._shared_node = np.append(self._shared_node, self.node_of(domain))
         if self._left[at] < units:
             return False
         self._left[at] -= units
@@ -203,26 +217,33 @@ class FreeDevices:
     def _rank_node(self, node: int) -> None:
         """Bring up to date in which order the domains of a node are taken: the lowest rank first."""
         domains = self._domains_of[node]
-        free = self._free[domains]
-        untouched = 2 * (self._node_free[node] == self._node_size[node]) + (free == self._size[domains])
-        self._rank[domains] = _UNTOUCHED * untouched + _FULLEST * free + self._node_free[node]
+        left = int(self._node_free[node])
+        untouched = 2 * (left == self._node_size[node])
+        if len(domains) == 1:
+            # Much the commonest node; numpy would take ten times as long over one number.
+            (domain,) = domains
+            free = int(self._free[domain])
+            self._rank[domain] = _UNTOUCHED * (untouched + (free == self._size[domain])) + _FULLEST * free + left
+            return
+        all_free = self._free[domains]
+        self._rank[domains] = _UNTOUCHED * (untouched + (all_free == self._size[domains])) + _FULLEST * all_free + left
 
-    def _best(self, usable: NDArray[np.bool_], held: Ints | None) -> int | None:
+    def _best(self, usable: NDArray[np.bool_], cost: Floats | None) -> int | None:
         found = np.flatnonzero(usable)
         if not len(found):
             return None
-        if held is not None:
-            holds = held[self._node_of[found]]
-            found = found[holds == holds.min()]
+        if cost is not None:
+            costs = cost[self._node_of[found]]
+            found = found[costs == costs.min()]
         return int(found[np.argmin(self._rank[found])])
 
-    def _best_share(self, units: int, held: Ints | None) -> int | None:
+    def _best_share(self, units: int, cost: Floats | None) -> int | None:
         found = np.flatnonzero((self._left >= units) & (self._left < self.units))
         if not len(found):
             return None
-        if held is not None:
-            holds = held[self._node_of[[self._shared[at][0] for at in found]]]
-            found = found[holds == holds.min()]
+        if cost is not None:
+            costs = cost[self._shared_node[found]]
+            found = found[costs == costs.min()]
         return int(found[np.argmin(self._left[found])])
 
 

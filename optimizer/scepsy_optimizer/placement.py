@@ -13,15 +13,14 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-
-import numpy as np
+from typing import NamedTuple
 
 from scepsy_optimizer.allocation import Groups
 from scepsy_optimizer.cluster import Cluster, Node, same_devices
-from scepsy_optimizer.colocation import Seat, gather
+from scepsy_optimizer.colocation import Gather, Leaning, Spread
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.eviction import evict_devices, evict_share
-from scepsy_optimizer.free_devices import FreeDevices, Ints, Replica
+from scepsy_optimizer.free_devices import Floats, FreeDevices, Replica
 from scepsy_optimizer.packing import pack
 from scepsy_optimizer.plan import LLMPlan, Plan, Slot
 
@@ -67,14 +66,15 @@ def place(
         nodes.sort(key=lambda node: node.switch)
         wanted = Counter(replicas)
         kept = _had(wanted, units, cluster, device_type, prefer) if prefer is not None else []
-        placed = _place_pool(nodes, wanted, units, kept, spread=spread)
-        if placed is None:
+        found = _place_pool(nodes, wanted, units, kept, spread=spread)
+        if found is None:
             return None
-        if calls and not spread:
-            placed = _colocated(nodes, placed, kept, units, calls)
+        placed = found.placed
+        if calls and not spread and len(nodes) > 1:
+            placed = _colocated(nodes, wanted, found, kept, units, calls)
         order = {node.name: number for number, node in enumerate(nodes)}
-        for replica, found in placed.items():
-            slots[replica.llm][replica.group] = tuple(sorted(found, key=lambda slot: (order[slot.node], slot.devices)))
+        for replica, seats in placed.items():
+            slots[replica.llm][replica.group] = tuple(sorted(seats, key=lambda slot: (order[slot.node], slot.devices)))
     return {llm: tuple(groups) for llm, groups in slots.items()}
 
 
@@ -82,85 +82,99 @@ Placed = dict[Replica, list[Slot]]
 """A slot for each replica of a group."""
 
 
+class Placement(NamedTuple):
+    """What is placed, how many replicas of the running plan did not keep their slots, and what is wholly free."""
+
+    placed: Placed
+    restarts: int
+    free: list[Slot]
+
+
 def _place_pool(
     nodes: Sequence[Node], wanted: Counter[Replica], units: int, had: Sequence[tuple[Replica, Slot]], *, spread: bool
-) -> Placed | None:
+) -> Placement | None:
     """Slots on nodes of one type; `had` are the slots that such replicas have already, some perhaps too many."""
     if sum(_units(replica, units) * count for replica, count in wanted.items()) > units * sum(
         node.devices for node in nodes
     ):
         return None
-    placed = _kept_first(nodes, wanted, units, had, spread=spread)
-    if placed is None and spread:
-        placed = _kept_first(nodes, wanted, units, had, spread=False)
-    if placed is None and had:
-        found = _largest_first(nodes, wanted, units, (), spread=False)
-        placed = None if found is None else found[0]
-    return placed if placed is not None else _exactly(nodes, wanted, units)
+    found = _kept_first(nodes, wanted, units, had, spread=spread)
+    if found is None and spread:
+        found = _kept_first(nodes, wanted, units, had, spread=False)
+    if found is None and had:
+        found = _largest_first(nodes, wanted, units, ())
+    return found if found is not None else _exactly(nodes, wanted, units)
 
 
 def _kept_first(
     nodes: Sequence[Node], wanted: Counter[Replica], units: int, had: Sequence[tuple[Replica, Slot]], *, spread: bool
-) -> Placed | None:
+) -> Placement | None:
     """Largest first, around what stays; which of too many go is decided first, or else by who is in the way."""
     trimmed = _trimmed(had, wanted, units)
-    early = _largest_first(nodes, wanted, units, trimmed, spread=spread)
-    if len(trimmed) == len(had) or (early is not None and not early[1]):
-        return None if early is None else early[0]
-    late = _largest_first(nodes, wanted, units, had, spread=spread)
-    found = [one for one in (early, late) if one is not None]
-    return min(found, key=lambda one: one[1])[0] if found else None
+    early = _largest_first(nodes, wanted, units, trimmed, Spread(len(nodes), wanted) if spread else None)
+    if len(trimmed) == len(had) or (early is not None and not early.restarts):
+        return early
+    late = _largest_first(nodes, wanted, units, had, Spread(len(nodes), wanted) if spread else None)
+    return min((one for one in (early, late) if one is not None), key=lambda one: one.restarts, default=None)
 
 
 def _largest_first(
-    nodes: Sequence[Node], wanted: Counter[Replica], units: int, had: Sequence[tuple[Replica, Slot]], *, spread: bool
-) -> tuple[Placed, int] | None:
-    """Slots, and how many replicas did not keep theirs; None where largest first does not place them all."""
+    nodes: Sequence[Node],
+    wanted: Counter[Replica],
+    units: int,
+    had: Sequence[tuple[Replica, Slot]],
+    leaning: Leaning | None = None,
+    reserved: Sequence[Slot] = (),
+) -> Placement | None:
+    """None where largest first does not place all.
+
+    A `leaning`, which is told of every replica that is placed, comes before wholeness. `reserved` devices stay free.
+    """
     free = FreeDevices(nodes, units)
+    for slot in reserved:
+        free.take_slot(slot)
     kept = {key: (replica, slot) for key, (replica, slot) in enumerate(had) if free.keep(replica, slot)}
     number = {node.name: index for index, node in enumerate(nodes)}
-    held: dict[str, Ints] | None = None
-    many: Counter[str] = Counter()
-    if spread:
-        for replica, count in wanted.items():
-            many[replica.llm] += count
-        held = {llm: np.zeros(len(nodes), dtype=int) for llm in many}
-        for replica, slot in kept.values():
-            held[replica.llm][number[slot.node]] += 1
-
-    def rank(replica: Replica) -> tuple[int, int, int, str, int]:
-        # To spread, those with the most replicas choose first: they need the most nodes.
-        return -replica.size, -replica.units, -many[replica.llm], replica.llm, replica.group
-
     surplus = Counter(replica for replica, _ in kept.values())
     surplus.subtract(wanted)
-    pending = [(rank(replica), replica) for replica, count in surplus.items() for _ in range(-count)]
+    if leaning is not None:
+        for replica, slot in kept.values():
+            leaning.count(replica, number[slot.node], 1)
+
+    def rank(replica: Replica, done: int) -> tuple[int, int, float, str, int]:
+        lean = leaning.rank(replica, done) if leaning is not None else 0.0
+        return -replica.size, -replica.units, lean, replica.llm, replica.group
+
+    pending = [
+        (rank(replica, wanted[replica] + count + done), replica)
+        for replica, count in surplus.items()
+        for done in range(-count)
+    ]
     heapq.heapify(pending)
     placed: Placed = {replica: [] for replica in wanted}
     restarts = 0
     while pending:
         _, replica = heapq.heappop(pending)
-        holds = None if held is None else held[replica.llm]
-        found, evicted = _find(replica, kept, surplus, free, holds)
+        found, evicted = _find(replica, kept, surplus, free, None if leaning is None else leaning.cost(replica))
         for key in evicted:
             gone, left = kept.pop(key)
-            if held is not None:
-                held[gone.llm][number[left.node]] -= 1
+            if leaning is not None:
+                leaning.count(gone, number[left.node], -1)
             surplus[gone] -= 1
             if surplus[gone] < 0:
                 restarts += 1
-                heapq.heappush(pending, (rank(gone), gone))
+                heapq.heappush(pending, (rank(gone, 0), gone))
         if found is None:
             return None
         surplus[replica] += 1
         placed[replica].append(found)
-        if holds is not None:
-            holds[number[found.node]] += 1
+        if leaning is not None:
+            leaning.count(replica, number[found.node], 1)
     for replica, slot in _trimmed(
         list(kept.values()), wanted - Counter({one: len(placed[one]) for one in placed}), units
     ):
         placed[replica].append(slot)
-    return placed, restarts
+    return Placement(placed, restarts, free.whole())
 
 
 def _find(
@@ -168,18 +182,18 @@ def _find(
     kept: Mapping[int, tuple[Replica, Slot]],
     surplus: Mapping[Replica, int],
     free: FreeDevices,
-    holds: Ints | None,
+    cost: Floats | None,
 ) -> tuple[Slot | None, Sequence[int]]:
     """A slot, taken, and the keys of the kept replicas that were evicted for it."""
     evicted: Sequence[int] = ()
     if replica.size:
-        domain = free.find_domain(replica.size, holds)
+        domain = free.find_domain(replica.size, cost)
         if domain is None:
             domain, evicted = evict_devices(replica.size, kept, surplus, free)
         for key in evicted:
             free.evict(*kept[key])
         return (None if domain is None else free.take(domain, replica.size)), evicted
-    slot = free.find_share(replica.units, holds)
+    slot = free.find_share(replica.units, cost)
     if slot is None:
         slot, evicted = evict_share(replica.units, kept, surplus, free)
     for key in evicted:
@@ -189,7 +203,7 @@ def _find(
     return slot, evicted
 
 
-def _exactly(nodes: Sequence[Node], wanted: Counter[Replica], units: int) -> Placed | None:
+def _exactly(nodes: Sequence[Node], wanted: Counter[Replica], units: int) -> Placement | None:
     """The exact packing: fractions into the fewest devices, then these and the groups into domains."""
     parts: Counter[int] = Counter()
     sizes: Counter[int] = Counter()
@@ -214,10 +228,11 @@ def _exactly(nodes: Sequence[Node], wanted: Counter[Replica], units: int) -> Pla
         slot = taken[1].pop()
         for part, count in filling.items():
             part_slots[part] += [slot] * count
-    return {
+    placed = {
         replica: [(taken[replica.size] if replica.size else part_slots[replica.units]).pop() for _ in range(count)]
         for replica, count in wanted.items()
     }
+    return Placement(placed, 0, free.whole())
 
 
 def _had(
@@ -273,25 +288,34 @@ def _units(replica: Replica, units: int) -> int:
 
 def _colocated(
     nodes: Sequence[Node],
-    placed: Placed,
+    wanted: Counter[Replica],
+    before: Placement,
     had: Sequence[tuple[Replica, Slot]],
     units: int,
     calls: Mapping[tuple[str, str], float],
 ) -> Placed:
-    """The same slots, given to other replicas of the same shape so that LLMs that call each other share nodes."""
-    stay = Counter(had)
-    found = [(replica, slot) for replica, slots in placed.items() for slot in slots]
-    seats = []
-    for replica, slot in found:
-        fixed = stay[replica, slot] > 0
-        stay[replica, slot] -= fixed
-        shape, weight = (replica.size, replica.units), float(_units(replica, units))
-        seats.append(Seat(llm=replica.llm, shape=shape, weight=weight, node=slot.node, fixed=fixed))
-    order = gather(seats, [node.name for node in nodes], [node.switch for node in nodes], calls)
-    colocated: Placed = defaultdict(list)
-    for (replica, _), index in zip(found, order, strict=True):
-        colocated[replica].append(found[index][1])
-    return colocated
+    """The replicas again, on what they take together, so that LLMs that call each other share nodes."""
+    kept = Counter(had)
+    stay = {
+        replica: list((Counter(slots) & _slots_of(replica, kept)).elements())
+        for replica, slots in before.placed.items()
+    }
+    number = {node.name: index for index, node in enumerate(nodes)}
+    gather = Gather(nodes, wanted, units, calls)
+    fixed = [(replica, slot) for replica, slots in stay.items() for slot in slots]
+    found = _largest_first(nodes, wanted, units, fixed, gather, before.free)
+    if found is None or found.restarts:
+        # Fractions that do not divide each other may not fit in another order.
+        found = before
+        gather = Gather(nodes, wanted, units, calls)
+        for replica, slots in before.placed.items():
+            for slot in slots:
+                gather.count(replica, number[slot.node], 1)
+    return gather.swapped(number, found.placed, stay)
+
+
+def _slots_of(replica: Replica, slots: Mapping[tuple[Replica, Slot], int]) -> Counter[Slot]:
+    return Counter({slot: count for (one, slot), count in slots.items() if one == replica})
 
 
 def check_placement(plan: Plan) -> list[str]:
