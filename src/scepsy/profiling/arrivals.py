@@ -14,6 +14,7 @@ import time
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import ceil
 from typing import TypeVar
 
 from scepsy.profiling.calibrating import ServingPoint
@@ -21,14 +22,13 @@ from scepsy.profiling.endpoint import Endpoint, Timing
 from scepsy.profiling.journal import Journal
 from scepsy.profiling.probing import kept
 from scepsy.profiling.progress import Work
-from scepsy.profiling.serving import Load, Response
+from scepsy.profiling.serving import Load, Response, predict_response
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.executions import Execution
 from scepsy_optimizer.profile import LLMProfile
 from scepsy_optimizer.replica import CallShape, max_batch, saturation_rps
 
 T = TypeVar("T")
-
 
 UTILISATIONS = (0.2, 0.45, 0.7)
 
@@ -127,12 +127,7 @@ async def measure_loads(
         for utilisation in plan.utilisations:
             measure = partial(_poisson, endpoint, profile, size, lengths, utilisation, plan.requests)
             found, took_s = await kept(journal, f"load {index} {utilisation}", measure)
-            load = Load(
-                input_tokens=found["input_tokens"],
-                cached_tokens=found["cached_tokens"],
-                output_tokens=found["output_tokens"],
-                rate_rps=found["rate_rps"],
-            )
+            load = _load(found)
             measured = Response(first_token_s=found["first_token_s"], per_token_s=found["per_token_s"])
             points.append(ServingPoint(tensor_parallel_size=size, load=load, measured=measured))
             text = (
@@ -159,6 +154,15 @@ def _shape(means: Mapping[str, float]) -> CallShape:
     )
 
 
+def _load(means: Mapping[str, float]) -> Load:
+    return Load(
+        input_tokens=means["input_tokens"],
+        cached_tokens=means["cached_tokens"],
+        output_tokens=means["output_tokens"],
+        rate_rps=means["rate_rps"],
+    )
+
+
 async def _poisson(
     endpoint: Endpoint, profile: LLMProfile, size: int, lengths: Sequence[Lengths], utilisation: float, count: int
 ) -> dict[str, float]:
@@ -166,12 +170,17 @@ async def _poisson(
     rate = utilisation * saturation_rps(profile, size, 1.0, shape)
     if rate <= 0:
         raise ScepsyError(f"{profile.llm!r} has no room for a call of {shape.input_tokens:.0f} prompt tokens")
+    guess = predict_response(profile, size, _load(_mean_lengths(lengths) | {"rate_rps": rate}))
+    # So many more before and after, not counted: first the engine fills up, and at the end it runs empty.
+    edge = ceil(rate * guess.call_s(shape.output_tokens))
+    sent = count + 2 * edge
     rng = random.Random(f"{utilisation} {shape}")  # noqa: S311 - a reproducible load, not a secret
-    chosen = [rng.choice(lengths) for _ in range(count)]
-    drawn = [rng.expovariate(1.0) for _ in range(count)]
+    chosen = [rng.choice(lengths) for _ in range(sent)]
+    drawn = [rng.expovariate(1.0) for _ in range(sent)]
     # A few gaps drawn at random are of another rate than was asked for: they are stretched to it.
-    gaps = [gap * count / sum(drawn) / rate for gap in drawn]
-    return _means(chosen, await _send(endpoint, chosen, gaps)) | {"rate_rps": rate}
+    gaps = [gap * sent / sum(drawn) / rate for gap in drawn]
+    timings = await _send(endpoint, chosen, gaps)
+    return _means(chosen[edge : edge + count], timings[edge : edge + count]) | {"rate_rps": rate}
 
 
 async def _full(

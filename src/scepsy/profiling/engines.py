@@ -234,7 +234,7 @@ class _Session:
 
     def expect(self, engine: str, guesses_s: Mapping[str, float]) -> None:
         """Expect an engine's start and its measurements."""
-        self.work.expect({f"start of {engine}": _GUESSED_START_S, **guesses_s})
+        self.work.expect(engine, {f"start of {engine}": _GUESSED_START_S, **guesses_s})
 
     def on_engine(self, engine: str, size: int, fraction: float, work: Callable[[str], T]) -> T:
         """Start it, do the work at its own URL, stop it."""

@@ -82,11 +82,8 @@ def measure(
     """
     check_device(device_type)
     subject = Subject(llm=llm, device_type=device_type, flags=flags or EngineFlags(), model=model, date=date or today())
-    return asyncio.run(
-        measure_engine(
-            endpoint, subject, lengths, requests_per_load, journal, Work(on_progress), f"{llm} at {endpoint}"
-        )
-    )
+    work = Work(on_progress)
+    return asyncio.run(measure_engine(endpoint, subject, lengths, requests_per_load, journal, work, endpoint))
 
 
 def correct(
@@ -101,24 +98,21 @@ def correct(
 ) -> LLMProfile:
     """A profile, such as an estimate, calibrated by loads on a running engine of its LLM that nobody else uses.
 
-    The loads are those of `measure`, without its steps: minutes, where those of large models take longer. The engine
-    must have been started with the limits of the profile, at `tensor_parallel_size`. Raises ScepsyError.
+    The loads are those of `measure`, without its steps. The engine must have been started with the limits of the
+    profile, at `tensor_parallel_size`. Raises ScepsyError.
     """
+    if not lengths:
+        raise ScepsyError("a profile is corrected by calls of given lengths, and none was given")
 
     async def found() -> LLMProfile:
         async with open_endpoint(endpoint, profile.llm) as opened:
             facts = await opened.facts()
             about = {"llm": profile.llm, "model": facts.model, "engine": facts.version, "corrects": profile.device_type}
+            kept = Journal(journal, {**about, "tensor_parallel_size": tensor_parallel_size})
+            plan = load_plan(lengths, min(profile.max_model_len, facts.max_model_len), requests_per_load)
             work = Work(on_progress)
-            return await _calibrated(
-                opened,
-                profile,
-                tensor_parallel_size,
-                load_plan(lengths, min(profile.max_model_len, facts.max_model_len), requests_per_load),
-                Journal(journal, {**about, "tensor_parallel_size": tensor_parallel_size}),
-                work,
-                f"{profile.llm} at {endpoint}",
-            )
+            work.expect(endpoint, plan.guesses_s(endpoint))
+            return await _calibrated(opened, profile, tensor_parallel_size, plan, kept, work, endpoint)
 
     return asyncio.run(found())
 
@@ -152,7 +146,7 @@ async def measure_engine(
         journal = Journal(journal_file, about)
         grid = probe_grid(max_model_len=facts.max_model_len, max_num_seqs=flags.max_num_seqs, kv_tokens=facts.kv_tokens)
         plan = load_plan(lengths, facts.max_model_len, requests_per_load)
-        work.expect(grid.guesses_s(engine) | plan.guesses_s(engine))
+        work.expect(engine, grid.guesses_s(engine) | plan.guesses_s(engine))
         prefill, decode = await probe(endpoint, grid, journal, work, engine)
         profile = _profile(subject, facts, prefill, decode)
         if lengths:

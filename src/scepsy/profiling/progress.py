@@ -31,9 +31,10 @@ class Work:
         self._finished: set[str] = set()
         self._taken_s: dict[str, tuple[float, float]] = {}
 
-    def expect(self, guesses_s: Mapping[str, float]) -> None:
-        """Expect these measurements; a better guess replaces an earlier one."""
-        self._guessed_s |= guesses_s
+    def expect(self, engine: str, guesses_s: Mapping[str, float]) -> None:
+        """Expect these measurements of an engine, whose name is in their keys, instead of those expected before."""
+        before = {key for key in self._guessed_s if f" of {engine}:" in key}
+        self._guessed_s = {key: guess_s for key, guess_s in self._guessed_s.items() if key not in before} | guesses_s
 
     def tell(self, text: str) -> None:
         """Say what happens, between measurements."""
