@@ -1,7 +1,8 @@
 """CP-SAT on packing groups and fractions into domains, as a process that answers one JSON line with another.
 
-A line has the domains' sizes by node, the number of groups by size, the number of fractions by units, and the units of a
-device; the answer says whether all fit, and into how few nodes, 0 where that was not proven.
+A line has the domains' sizes by node, the number of groups by size, the number of fractions by units, and the units of
+a device; the answer says whether all fit, null where that was not decided in time, and how many devices the nodes have
+that are in use at least, 0 where that was not proven.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ LIMIT_S = 10.0
 
 def pack(
     domains: Sequence[Sequence[int]], sizes: Mapping[int, int], parts: Mapping[int, int], units: int
-) -> tuple[bool, int]:
-    """Whether all groups and fractions fit, and the fewest nodes that hold them, 0 where that was not proven."""
+) -> tuple[bool | None, int]:
+    """Whether all groups and fractions fit, and the fewest devices of nodes in use, 0 where that was not proven."""
     model = cp_model.CpModel()
     shared: list[cp_model.IntVar] = []
-    used: list[cp_model.IntVar] = []
+    used: list[cp_model.LinearExpr] = []
     placed: dict[int, list[cp_model.IntVar]] = defaultdict(list)
     for node in domains:
         touched = model.new_bool_var("")
-        used.append(touched)
+        used.append(sum(node) * touched)
         for devices in node:
             takes = {size: model.new_int_var(0, devices // size, "") for size in sizes}
             opens = model.new_int_var(0, devices, "")
@@ -46,8 +47,9 @@ def pack(
     solver = cp_model.CpSolver()
     solver.parameters.max_time_in_seconds = LIMIT_S
     solver.parameters.num_workers = 1
-    if solver.solve(model) not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
-        return False, 0
+    status = solver.solve(model)
+    if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+        return (False if status == cp_model.INFEASIBLE else None), 0
     model.minimize(sum(used))
     proven = solver.solve(model) == cp_model.OPTIMAL
     return True, round(solver.objective_value) if proven else 0
