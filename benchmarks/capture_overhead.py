@@ -164,12 +164,12 @@ class _Child:
     """A fork of this process in which one instrumentation is on, told column by column what to run."""
 
     def __init__(self, name: str, columns: dict[str, Column], before: list[_Child]) -> None:
-        here, there = Pipe()
         self.name = name
+        self.connection, there = Pipe()
         self.pid = os.fork()
         if self.pid == 0:
-            for connection in (here, *(child.connection for child in before)):
-                connection.close()  # so that the children's ends break when the parent is gone
+            for child in (self, *before):
+                child.connection.close()  # so that the children's ends break when the parent is gone
             code = 1
             try:
                 _serve(name, columns, there)
@@ -177,7 +177,6 @@ class _Child:
             finally:
                 os._exit(code)
         there.close()
-        self.connection = here
 
     def measure(self, column: str) -> tuple[float, int]:
         """Microseconds of a run now, and how many spans the batch has made (-1: not counted)."""
@@ -226,8 +225,8 @@ def _serve(name: str, columns: dict[str, Column], connection: Connection) -> Non
 def _rounds_worker() -> None:
     """All rounds: microseconds of each column in each child, and what was captured at all."""
     columns = _columns()
-    for column in columns.values():
-        column.seconds(lambda: None)  # what is made at first use is made before the fork
+    for known in columns.values():
+        known.seconds(lambda: None)  # what is made at first use is made before the fork
     gc.collect()
     gc.freeze()
     children: list[_Child] = []
