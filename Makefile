@@ -13,10 +13,10 @@ TESTS ?= tests
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format test-vllm test-versions test-browser bench wheel clean
+.PHONY: help install demo test check format test-vllm test-versions test-beside test-browser bench wheel clean
 
 help: ## Show this help
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(VENV)/.ready ## Prepare .venv with Scepsy and all that its demo, tests and checks need
 
@@ -77,6 +77,9 @@ $(NEWEST_VENV)/.ready: pyproject.toml
 test-versions: $(OLDEST_VENV)/.ready $(NEWEST_VENV)/.ready ## Test capture on the oldest and the newest frameworks
 	$(OLDEST_VENV)/bin/python -m pytest -n $(WORKERS) tests/integrations tests/capture
 	$(NEWEST_VENV)/bin/python -m pytest -n $(WORKERS) tests/integrations tests/capture
+
+test-beside: $(VENV)/.ready ## Test capture beside OpenInference, Traceloop and OTel GenAI in one process
+	$(BIN)/python -m benchmarks.capture_truth --ours
 
 test-browser: $(VENV)/.ready ## Open the report's page in a headless Chromium (one must be installed)
 	$(BIN)/python -m pytest -m browser tests/report

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import itertools
 import json
 import logging
 import random
@@ -50,7 +49,7 @@ class Faults:
     def __init__(self, server: Any, seed: int) -> None:
         self.server = server
         self.random = random.Random(seed)
-        self.numbers = itertools.count()
+        self.made = 0
         # Shared, because making one costs more than the calls.
         self.http = openai.DefaultHttpxClient()
         self.async_http = openai.DefaultAsyncHttpxClient()
@@ -59,7 +58,8 @@ class Faults:
 
     def model(self) -> str:
         """A wish of the server, and a number that nobody else has."""
-        return f"{self.random.choice(WISHES)}+{next(self.numbers)}"
+        self.made += 1
+        return f"{self.random.choice(WISHES)}+{self.made}"
 
     async def read(self, stream: Any) -> None:
         """Read a stream, perhaps not to its end."""
@@ -95,20 +95,20 @@ class Faults:
         else:
             await made.achat([ChatMessage("hi")])
 
-    async def workflow(self, until_s: float) -> None:
-        """Calls, one after the other or two at once, some of them cancelled, until it is time."""
+    async def workflow(self, until_s: float, calls: int | None) -> None:
+        """Calls, one or two at once, some of them cancelled, until it is time or `calls` were made by all workflows."""
         asks: list[Callable[[str], Awaitable[None]]] = [self.ask_client, self.ask_langchain, self.ask_llama_index]
 
         @scepsy.workflow
         async def soak() -> None:
             width = self.random.choice((1, 1, 2))
             tasks = [self.random.choice(asks)(self.model()) for _ in range(width)]
-            patience_s = self.random.choice((0.05, 0.2, 1.0, 10.0))
+            patience_s = self.random.choice((0.05, 0.2, 1.0, 3.0))
             done = asyncio.gather(*tasks, return_exceptions=True)
             with suppress(TimeoutError):
                 await asyncio.wait_for(done, patience_s)
 
-        while time.monotonic() < until_s:
+        while time.monotonic() < until_s and (calls is None or self.made < calls):
             await soak()
 
     @contextmanager
@@ -131,8 +131,10 @@ class Faults:
             Exchange.note = note  # type: ignore[method-assign] # as above
 
 
-def soak(directory: Path, *, seconds: float, workflows: int = WORKFLOWS, seed: int = 1) -> dict[str, int]:
-    """Run it, its traces written to `directory`; returns counts of what was seen, told, lost, doubled and left open."""
+def soak(
+    directory: Path, *, seconds: float, calls: int | None = None, workflows: int = WORKFLOWS, seed: int = 1
+) -> dict[str, int]:
+    """Run for some time, or until `calls` were made, traces written to `directory`; returns counts of what happened."""
     server = load_loopback()
     faults = Faults(server, seed)
     scepsy.instrument(directory=directory)
@@ -140,7 +142,7 @@ def soak(directory: Path, *, seconds: float, workflows: int = WORKFLOWS, seed: i
 
     async def run() -> None:
         until_s = time.monotonic() + seconds
-        await asyncio.gather(*(faults.workflow(until_s) for _ in range(workflows)))
+        await asyncio.gather(*(faults.workflow(until_s, calls) for _ in range(workflows)))
         await faults.async_http.aclose()
         faults.http.close()
         await asyncio.sleep(0.5)

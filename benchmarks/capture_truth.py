@@ -7,6 +7,7 @@ instrumentations at once in `truth_beside`.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import os
@@ -39,8 +40,13 @@ def _worker(name: str) -> None:
 
 def main() -> int:
     """Run all, print the table, judge."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--ours", action="store_true", help="run Scepsy alone and beside the others, not the others alone"
+    )
+    judged = (OURS,) if parser.parse_args().ours else (OURS, *OTHERS)
     rivals.prepare()
-    columns = {name: rivals.run_worker("benchmarks.capture_truth", name) for name in (OURS, *OTHERS)}
+    columns = {name: rivals.run_worker("benchmarks.capture_truth", name) for name in judged}
     titles = {**rivals.NAMES, OURS: rivals.NAMES["scepsy"]}
     print(f"{'':<38}" + "".join(f"{titles[name]:<36}" for name in columns))
     for case in columns[OURS]:
