@@ -20,6 +20,7 @@ from scepsy_optimizer.cluster import Cluster
 from scepsy_optimizer.colocation import calls_between
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.infeasible import explain_no_plan
+from scepsy_optimizer.node_limits import place_on_few_nodes
 from scepsy_optimizer.pipeline import build_pipeline, workflow_latencies_s
 from scepsy_optimizer.placement import place
 from scepsy_optimizer.plan import LLMPlan, Plan, Prediction, Slot
@@ -128,7 +129,7 @@ def find_plans(
                     candidate.options,
                     rate_rps=rate_rps,
                     max_utilisation=max_utilisation,
-                    spread=requirements.spread,
+                    requirements=requirements,
                     provenance=provenance,
                 )
             )
@@ -141,13 +142,14 @@ def find_plans(
     return ()
 
 
-def keep_in_place(plan: Plan, old: Plan) -> Plan:
-    """The same plan with what an old one has already left where it is, as far as the allocation leaves it."""
-    slots = place(plan_choices(plan), plan.cluster, prefer=old)
+def keep_in_place(plan: Plan, old: Plan, requirements: Requirements = NO_REQUIREMENTS) -> Plan:
+    """The same plan with what an old one has left where it is, as far as the allocation and requirements allow."""
+    slots = place(plan_choices(plan), plan.cluster, spread=requirements.spread, prefer=old)
     if slots is None:
         return plan
     left = {llm: iter(groups) for llm, groups in slots.items()}
-    return replace(plan, llms=tuple(replace(part, slots=next(left[part.llm])) for part in plan.llms))
+    kept = replace(plan, llms=tuple(replace(part, slots=next(left[part.llm])) for part in plan.llms))
+    return plan if check_requirements(kept, requirements) else kept
 
 
 def with_replay(plan: Plan, profiles: Profiles, workload: Workload, seed: int) -> Plan:
@@ -274,11 +276,16 @@ def _build(
     rate_rps: float,
     max_utilisation: float,
     provenance: Mapping[str, str] | None,
-    spread: bool = False,
+    requirements: Requirements = NO_REQUIREMENTS,
 ) -> Plan | None:
     """Place the options and predict; None where they cannot be placed."""
-    calls = calls_between(workload) if len(cluster.nodes) > 1 else None
-    slots = place({llm: option.groups for llm, option in options.items()}, cluster, calls=calls, spread=spread)
+    slots = place_on_few_nodes(
+        {llm: option.groups for llm, option in options.items()},
+        cluster,
+        requirements.node_limits,
+        calls=calls_between(workload) if len(cluster.nodes) > 1 else None,
+        spread=requirements.spread,
+    )
     if slots is None:
         return None
     speeds = {llm: option.speed for llm, option in options.items()}

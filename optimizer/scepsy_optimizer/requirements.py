@@ -103,6 +103,11 @@ class Requirements:
         return self.workflows.get(workflow, _FREE_WORKFLOW)
 
     @property
+    def node_limits(self) -> dict[str, int]:
+        """The most nodes of each LLM that has such a limit."""
+        return {llm: one.max_nodes for llm, one in self.llms.items() if one.max_nodes is not None}
+
+    @property
     def weighs_workflows(self) -> bool:
         """Whether some workflow counts more than another."""
         return any(one.weight != 1 for one in self.workflows.values())

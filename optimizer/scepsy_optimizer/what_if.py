@@ -66,7 +66,7 @@ def what_if(
                 max_utilisation=max_utilisation,
                 requirements=requirements,
             )
-            best = keep_in_place(best, plan)
+            best = keep_in_place(best, plan, requirements)
         except ScepsyError as error:
             reason = str(error)
         found.append(WhatIf(device_type=device_type, change=change, highest_rate_rps=rate, plan=best, reason=reason))

@@ -237,7 +237,7 @@ def answer(
         plan = with_replay(plan, question.profiles, question.workload, _SEED)
         plan = replace(plan, provenance={**plan.provenance, "robust": f"loads at the {robust:g} quantile"})
     if old is not None:
-        plan = keep_in_place(plan, old)
+        plan = keep_in_place(plan, old, question.requirements)
     common = {"max_utilisation": question.max_utilisation}
     return Answer(
         plan=plan,

@@ -1,0 +1,63 @@
+from fractions import Fraction
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scepsy_optimizer.allocation import Choice
+from scepsy_optimizer.cluster import parse_cluster
+from scepsy_optimizer.node_limits import place_on_few_nodes
+from scepsy_optimizer.placement import place
+from scepsy_optimizer.planner import optimize
+from scepsy_optimizer.requirements import LLMRequirements, Requirements, check_requirements
+from scepsy_optimizer.workload import aggregate
+
+
+def whole(size, replicas):
+    return Choice(tensor_parallel_size=size, fraction=Fraction(1), replicas=replicas)
+
+
+def half(replicas):
+    return Choice(tensor_parallel_size=1, fraction=Fraction(1, 2), replicas=replicas)
+
+
+def nodes_of(slots, llm):
+    return {slot.node for group in slots[llm] for slot in group}
+
+
+def test_a_limited_llm_gets_nodes_of_its_own_first():
+    """Largest first puts the half devices where the pairs leave room: on both nodes."""
+    cluster = parse_cluster("2x4xH100")
+    allocation = {"pairs": (whole(2, 2), whole(1, 1)), "halves": (half(5),)}
+    assert place_on_few_nodes(allocation, cluster, {}) == place(allocation, cluster)
+    slots = place_on_few_nodes(allocation, cluster, {"halves": 1, "pairs": 2})
+    assert slots is not None
+    assert len(nodes_of(slots, "halves")) == 1
+    assert place_on_few_nodes({"a": (whole(1, 5),)}, cluster, {"a": 1}) is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    limited=st.lists(st.sampled_from([whole(2, 1), whole(1, 1), half(1)]), min_size=1, max_size=3, unique=True),
+    others=st.lists(st.sampled_from([whole(4, 1), whole(2, 1), whole(1, 2), half(3)]), max_size=5),
+    most=st.integers(1, 3),
+)
+def test_one_limited_llm_on_equal_nodes_is_placed_wherever_it_can_be(limited, others, most):
+    """Oracle: on equal nodes a placement exists where one does with the limited LLM on the first `most` nodes."""
+    cluster = parse_cluster("3x4xH100")
+    allocation = {"limited": tuple(limited), **{f"o{number}": (choice,) for number, choice in enumerate(others)}}
+    slots = place_on_few_nodes(allocation, cluster, {"limited": most})
+    if slots is not None:
+        assert len(nodes_of(slots, "limited")) <= most
+    elif place(allocation, cluster) is not None:
+        # It takes no more than 3.5 devices: any node that is still whole would hold it.
+        assert sum(choice.units for choice in others) > 80
+
+
+def test_a_plan_keeps_to_the_nodes_that_it_may_use(make_execution, make_profile):
+    workload = aggregate([make_execution(f"e{n}", [("a", 0, 2 + n % 3), ("b", 5, 7)]) for n in range(6)])
+    profiles = {"a": make_profile("a", sizes=(1,)), "b": make_profile("b", sizes=(1,), weights_gib=4.0)}
+    for llm in "ab":
+        limit = LLMRequirements(max_nodes=1, min_replicas=2)
+        requirements = Requirements(llms={llm: limit})
+        plan = optimize(workload, profiles, parse_cluster("3x2xH100"), rate_rps=5.0, requirements=requirements)
+        assert check_requirements(plan, requirements) == []
