@@ -191,7 +191,8 @@ def loaded_speeds(
     """Speeds of one replica at each of `rates_rps`, when `overlaps` calls of one execution land on it together.
 
     It is one of `replicas` alike (by default the only one) between which calls go to the least loaded, so that what
-    comes and goes at random is shared by all. A fraction is taken to share its device with others as busy as itself.
+    comes and goes at random is shared by all. Fractions are taken to share their devices with others of these; who else
+    is there, only the placement knows, and a replay of it.
     """
     rates = np.asarray(rates_rps, dtype=float)
     saturation = saturation_rps(profile, tensor_parallel_size, fraction, shape)
@@ -303,7 +304,8 @@ def _solve(
         occupied = -np.expm1(-rates * tokens * output_s / own)
         if replica.fraction < 1:
             share = np.array([clock.bandwidth_share(float(batch), shape.context) for batch in seen])
-            contention = np.maximum(1.0, share * (1 + occupied * (1 / replica.fraction - 1)))
+            neighbours = np.minimum(sharing, 1 / replica.fraction) - 1
+            contention = np.maximum(1.0, share * (1 + occupied * neighbours))
     # The step in progress, as an arrival finds it: by its length.
     variance = call_s**2 * moments.decoding + prompt_s**2 * moments.prompts + 2 * call_s * prompt_s * moments.both
     found_s = occupied * (step_s + variance / step_s)
