@@ -117,7 +117,8 @@ def bootstrap_weights(hashes: Sequence[int] | Iterable[int]) -> NDArray[np.int64
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed ^= mixed >> np.uint64(31)
-    return _POISSON[mixed.view(np.uint16)]
+    weights: NDArray[np.int64] = _POISSON[mixed.view(np.uint16)]
+    return weights
 
 
 def _poisson_table() -> NDArray[np.int64]:

@@ -79,9 +79,10 @@ def iter_executions(
                 for batch in read_spans(path, tally, way.read):
                     raws = iter(batch)
                     while records := [normalise(raw) for raw in islice(raws, _AT_ONCE)]:
-                        names.saw(records)
                         usual = []
                         for record in records:
+                            if record.endpoint:
+                                names.saw(record.model, record.endpoint)
                             if record.detached:
                                 detached.append(record)
                             elif record.kind == ENGINE_START:
@@ -185,11 +186,13 @@ class LLMNames:
     def __init__(self) -> None:
         self._endpoints: dict[str, set[str]] = {}
 
-    def saw(self, records: Iterable[SpanRecord]) -> None:
-        """Learn from spans."""
-        for model, endpoint in {(record.model, record.endpoint) for record in records if record.endpoint}:
-            if model:
-                self._endpoints.setdefault(model, set()).add(endpoint)
+    def saw(self, model: str, endpoint: str) -> None:
+        """Learn from a span."""
+        known = self._endpoints.get(model)
+        if known is None:
+            self._endpoints[model] = {endpoint}
+        else:
+            known.add(endpoint)
 
     def __call__(self, model: str, endpoint: str) -> str:
         """The name of the LLM that serves `model` at `endpoint` ("host:port", or empty where it is not known)."""

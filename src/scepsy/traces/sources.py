@@ -40,6 +40,8 @@ _ZSTD = b"\x28\xb5\x2f\xfd"
 _PARQUET = b"PAR1"
 _DELIMITERS = (b",", b";", b"\t")
 _HEADER = 4096
+# Lines are long: put together from small pieces they take several times as long.
+_BUFFER = 1 << 20
 _LONGEST_MESSAGE = 1 << 30
 # So that zipping a file into memory by mistake is an error, not a dead machine.
 _LONGEST_DECOMPRESSED = 1 << 31
@@ -79,10 +81,10 @@ def read_spans(path: Path, tally: Tally, on_bytes: Callable[[int], None]) -> Ite
     tally.files += 1
     try:
         if str(path) == STDIN:
-            with os.fdopen(sys.stdin.fileno(), "rb", closefd=False) as stream:
+            with os.fdopen(sys.stdin.fileno(), "rb", _BUFFER, closefd=False) as stream:
                 yield from _spans(path, stream, tally)
         else:
-            with path.open("rb") as stream:
+            with path.open("rb", buffering=_BUFFER) as stream:
                 for batch in _spans(path, stream, tally):
                     yield batch
                     on_bytes(stream.tell())
@@ -94,10 +96,10 @@ def _spans(path: Path, stream: io.BufferedReader, tally: Tally) -> Iterator[Iter
     start = stream.peek(4)[:4]
     if start[:2] == _GZIP:
         with gzip.open(stream, "rb") as inner:
-            yield from _content(path, io.BufferedReader(inner), tally)
+            yield from _content(path, io.BufferedReader(inner, _BUFFER), tally)
     elif start == _ZSTD:
         with _zstandard().ZstdDecompressor().stream_reader(stream, read_across_frames=True) as inner:
-            yield from _content(path, io.BufferedReader(inner), tally)
+            yield from _content(path, io.BufferedReader(inner, _BUFFER), tally)
     else:
         yield from _content(path, stream, tally)
 
@@ -112,7 +114,7 @@ def _content(path: Path, stream: io.BufferedReader, tally: Tally) -> Iterator[It
         # A tag of protobuf: field 1, with the length of the first resource's spans.
         yield otlp_proto.spans(stream.read(), tally)
     elif start.lstrip()[:1] not in (b"{", b"[", b"") and any(
-        sign in stream.peek(_HEADER).split(b"\n")[0] for sign in _DELIMITERS
+        sign in stream.peek(_HEADER).split(b"\n", 1)[0] for sign in _DELIMITERS
     ):
         yield from _csv(path, stream, tally)
     else:

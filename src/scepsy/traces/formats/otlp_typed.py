@@ -81,6 +81,8 @@ class _Request(msgspec.Struct, gc=False):
 
 # 64-bit integers are text in protobuf's JSON; a lax decoder takes them either way.
 _decoder = msgspec.json.Decoder(_Request, strict=False)
+# Flags up to here have no bit that says that the parent is remote.
+_NOT_REMOTE = 0x1FF
 _STATUS_ERROR = (2, "STATUS_CODE_ERROR")
 
 
@@ -105,6 +107,7 @@ def spans(request: _Request, tally: Tally) -> list[RawSpan]:
                 if not span.traceId or not span.spanId:
                     tally.dropped[BROKEN] += 1
                     continue
+                status = span.status
                 attributes: dict[str, Any] = {}
                 for pair in span.attributes:
                     key = pair.key
@@ -127,8 +130,8 @@ def spans(request: _Request, tally: Tally) -> list[RawSpan]:
                         scope,
                         attributes,
                         resource,
-                        span.status is not None and span.status.code in _STATUS_ERROR,
-                        span.flags > 0 and remote_parent(span.flags),
+                        status is not None and bool(status.code) and status.code in _STATUS_ERROR,
+                        span.flags > _NOT_REMOTE and remote_parent(span.flags),
                         [Event(event.name, event.timeUnixNano) for event in span.events] if span.events else (),
                     )
                 )
