@@ -190,6 +190,21 @@ def test_groups_of_powers_of_two_are_aligned(sizes, nodes):
         assert slot.devices == tuple(range(slot.devices[0], slot.devices[0] + len(slot.devices)))
 
 
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(st.sampled_from([1, 2, 4]), min_size=1, max_size=14), st.lists(st.integers(1, 7), min_size=1, max_size=5)
+)
+def test_what_can_be_placed_is_linear_for_sizes_that_divide(sizes, domains):
+    """What the search counts beside devices: groups of each size and larger, in groups of that size."""
+    cluster = cluster_of(domains, per_node=2)
+    allocation = {str(index): (group(size),) for index, size in enumerate(sizes)}
+    counted_ = all(
+        sum(larger // size for larger in sizes if larger >= size) <= cluster.groups_of("H100", size)
+        for size in set(sizes)
+    )
+    assert (place(allocation, cluster) is not None) == counted_
+
+
 @settings(max_examples=60, deadline=None)
 @given(allocations(OFFERED, 20), st.integers(1, 4))
 def test_what_is_free_stays_whole(allocation, nodes):
