@@ -20,16 +20,17 @@ from benchmarks.outcome import Bound, finish
 
 OURS: Final = "scepsy-sdk"
 OTHERS: Final = ("openinference", "genai", "traceloop")
-BESIDE: Final = "beside:"
+BESIDE: Final = ("own destinations", "one provider")
+"""The cases of `truth_beside`, each in a process of its own: not everybody can be turned on again."""
 
 
-def _worker(name: str) -> None:
+def _worker(name: str, beside: str) -> None:
     from benchmarks import truth_beside, truth_cases
     from benchmarks.truth_stage import Stage
 
     at = Stage()
-    if name.startswith(BESIDE):
-        verdicts = asyncio.run(truth_beside.run_all(at, name.removeprefix(BESIDE)))
+    if beside:
+        verdicts = {beside: asyncio.run(truth_beside.run(at, name, beside))}
     else:
         with tempfile.TemporaryDirectory() as directory:
             rivals.turn_on(name, at.provider, directory)
@@ -53,9 +54,12 @@ def main() -> int:
         cells = "".join(f"{told[case] or '✓':<36}" for told in columns.values())
         print(f"{case:<38}{cells}".rstrip())
     print()
-    beside = {name: rivals.run_worker("benchmarks.capture_truth", BESIDE + name) for name in OTHERS}
+    beside = {
+        name: {case: rivals.run_worker("benchmarks.capture_truth", name, case)[case] for case in BESIDE}
+        for name in OTHERS
+    }
     print(f"{'Scepsy beside':<38}" + "".join(f"{titles[name]:<36}" for name in beside))
-    for case in next(iter(beside.values())):
+    for case in BESIDE:
         cells = "".join(f"{told[case] or '✓':<36}" for told in beside.values())
         print(f"{case:<38}{cells}".rstrip())
     wrong = {name: sum(map(bool, told.values())) for name, told in columns.items()}
@@ -74,6 +78,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        _worker(sys.argv[2])
+        _worker(sys.argv[2], "".join(sys.argv[3:]))
     else:
         raise SystemExit(main())
