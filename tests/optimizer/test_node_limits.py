@@ -25,13 +25,16 @@ def nodes_of(slots, llm):
 
 
 def test_a_limited_llm_gets_nodes_of_its_own_first():
-    """Largest first puts the half devices where the pairs leave room: on both nodes."""
+    """Left alone, the half devices fill up what the others leave of the first node and go on to the second."""
     cluster = parse_cluster("2x4xH100")
-    allocation = {"pairs": (whole(2, 2), whole(1, 1)), "halves": (half(5),)}
-    assert place_on_few_nodes(allocation, cluster, {}) == place(allocation, cluster)
-    slots = place_on_few_nodes(allocation, cluster, {"halves": 1, "pairs": 2})
+    allocation = {"wholes": (whole(2, 1), whole(1, 1)), "halves": (half(5),)}
+    alone = place(allocation, cluster)
+    assert alone is not None
+    assert len(nodes_of(alone, "halves")) == 2
+    assert place_on_few_nodes(allocation, cluster, {"halves": 2}) == alone
+    slots = place_on_few_nodes(allocation, cluster, {"halves": 1, "wholes": 1})
     assert slots is not None
-    assert len(nodes_of(slots, "halves")) == 1
+    assert len(nodes_of(slots, "halves")) == len(nodes_of(slots, "wholes")) == 1
     assert place_on_few_nodes({"a": (whole(1, 5),)}, cluster, {"a": 1}) is None
 
 
