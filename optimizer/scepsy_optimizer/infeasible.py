@@ -77,8 +77,8 @@ def explain_no_plan(
             f"executions/s {where}: raise them by {high - 1:.1%}, ask for a lower rate, or add devices"
         )
     return (
-        f"at {rate_rps:g} executions/s the LLMs fit {where} by their number of devices, but their groups do not fit "
-        "into its nodes and fast-link domains: use more devices, or allow them more nodes"
+        f"at {rate_rps:g} executions/s the LLMs fit {where} by number, but their groups do not fit into its nodes and "
+        "fast-link domains: use more devices, or allow them more nodes"
     )
 
 

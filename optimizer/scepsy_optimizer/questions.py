@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from scepsy_optimizer.allocation import MAX_UTILISATION, UNITS_PER_DEVICE
 from scepsy_optimizer.cluster import Cluster
 from scepsy_optimizer.errors import ScepsyError
+from scepsy_optimizer.infeasible import explain_no_plan
 from scepsy_optimizer.plan import Plan
 from scepsy_optimizer.planner import check_profiles, find_plans, least_replayed, optimize, with_replay
 from scepsy_optimizer.profile import Profiles
@@ -50,7 +51,19 @@ def optimize_rate(
     )
     high, _ = highest_rate(workload, profiles, cluster, max_utilisation=max_utilisation, requirements=requirements)
     low = _LOWEST_RATE_RPS
-    if (least_s := asked.least_s(low)) > asked.limit_s:
+    plans = asked.plans(low)
+    if not plans:
+        raise ScepsyError(
+            explain_no_plan(
+                workload,
+                profiles,
+                cluster,
+                rate_rps=low,
+                max_utilisation=max_utilisation,
+                requirements=requirements,
+            )
+        )
+    if (least_s := min(asked.value_s(plan) for plan in plans)) > asked.limit_s:
         raise ScepsyError(
             f"a {asked.words} of {asked.limit_s:g} s is out of reach on {cluster.devices} {cluster.device_type}, even "
             f"without load: the least is {least_s:.3g} s. Allow more, or use faster devices or smaller models"
@@ -163,11 +176,6 @@ class _Asked:
                 f"a {self.words} at {plan.rate_rps:g} executions/s takes too long to replay: ask for the mean latency"
             )
         return float({50: replay.p50_s, 95: replay.p95_s, 99: replay.p99_s}[self.percentile])
-
-    def least_s(self, rate_rps: float, max_units: int | None = None) -> float:
-        """The value of the plan of least mean latency; infinite where there is no plan."""
-        plans = self.plans(rate_rps, max_units)
-        return self.value_s(plans[0]) if plans else float("inf")
 
     def within(self, rate_rps: float, max_units: int | None = None) -> bool:
         return any(self.value_s(plan) <= self.limit_s for plan in self.plans(rate_rps, max_units))

@@ -6,12 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scepsy_optimizer.allocation import MAX_UTILISATION, Choice, evaluate_groups, replica_kinds
-from scepsy_optimizer.cluster import parse_cluster
+from scepsy_optimizer.cluster import Cluster, Node, parse_cluster
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.pipeline import build_pipeline
 from scepsy_optimizer.placement import check_placement
 from scepsy_optimizer.planner import find_plans, optimize, with_replay
 from scepsy_optimizer.questions import optimize_devices, optimize_rate
+from scepsy_optimizer.requirements import Requirements, WorkflowRequirements
 from scepsy_optimizer.search import find_allocation, highest_rate
 from scepsy_optimizer.workload import aggregate
 
@@ -123,6 +124,30 @@ def test_both_limits_are_those_of_exhaustive_search(workload, profiles, slack):
         within = any(latency_s <= limit_s for _, latency_s in exhaustive(workload, profiles, middle))
         low, high = (middle, high) if within else (low, middle)
     assert optimize_rate(workload, profiles, cluster, latency_s=limit_s).rate_rps >= low * 0.998
+
+
+def test_limits_of_workflows_bound_the_highest_rate(workload, profiles):
+    light_s = optimize(workload, profiles, CLUSTER, rate_rps=0.01).prediction.latency_s
+    limited = Requirements(workflows={"w": WorkflowRequirements(latency_limit_s=light_s * 1.2)})
+    plan = optimize_rate(workload, profiles, CLUSTER, requirements=limited)
+    assert plan.prediction is not None
+    assert plan.prediction.workflow_latency_s["w"] <= light_s * 1.2 * (1 + 1e-9)
+    asked = optimize_rate(workload, profiles, CLUSTER, latency_s=light_s * 1.2)
+    assert plan.rate_rps == pytest.approx(asked.rate_rps, rel=3e-3)
+    hopeless = Requirements(workflows={"w": WorkflowRequirements(latency_limit_s=0.1)})
+    with pytest.raises(ScepsyError, match="a mean latency of 0.1 s of workflow 'w' is out of reach at 1e-06"):
+        optimize_rate(workload, profiles, CLUSTER, requirements=hopeless)
+
+
+def test_groups_that_fit_no_domain_are_told(workload, make_profile):
+    """Two domains of three devices hold one pair each, however many pairs six devices make."""
+    nodes = tuple(
+        Node(name=f"n{i}", device_type="H100", devices=3, memory_gib=80, nvlink_domains=((0, 1, 2),)) for i in range(2)
+    )
+    pairs = {llm: make_profile(llm, sizes=(2,)) for llm in "ab"}
+    rate = optimize(workload, pairs, Cluster(nodes=nodes), rate_rps=1.0).prediction.max_rate_rps
+    with pytest.raises(ScepsyError, match="fit on 6 H100 by number, but their groups do not fit into its nodes"):
+        optimize(workload, pairs, Cluster(nodes=nodes), rate_rps=rate * 1.5)
 
 
 def test_without_a_limit_the_highest_rate_is_that_of_saturation(workload, profiles):
