@@ -1,7 +1,7 @@
 """Allocations: which tensor parallelism, device fraction and number of replicas an LLM can get, and what each gives.
 
-An LLM gets one or more groups of equal replicas. Its calls spread over them in proportion to what a replica of each
-carries, which is what the endpoint's balancing comes to.
+An LLM gets one or more groups of equal replicas. Its calls spread over them as the endpoint balances them: by what a
+replica carries and how soon it is done.
 """
 
 from __future__ import annotations
@@ -224,20 +224,35 @@ def group_loads(
     """
     shape = CallShape.of(demand)
     kinds, capacities = _kinds_of(demand, profiles, groups, shape)
-    total = float(np.array([group.replicas for group in groups]) @ capacities)
-    found = []
+    total = np.array([np.array([group.replicas for group in groups]) @ capacities])
+    call = np.array([1.0, shape.computed_tokens, shape.generated_tokens])
+    speeds, draws = [], []
     for group, kind, capacity in zip(groups, kinds, capacities.tolist(), strict=True):
-        speeds, utilisation = _kind_speeds(profiles, kind, capacity, shape, calls_rps, np.array([total]))
-        fixed_s, input_s, output_s = speeds[0].tolist()
-        found.append(
-            GroupLoad(
-                calls_rps=calls_rps * group.replicas * capacity / total,
-                speed=CallSpeed(fixed_s=fixed_s, input_s=input_s, output_s=output_s),
-                utilisation=float(utilisation[0]),
-                replica_rps=capacity * max_utilisation,
-            )
+        found, _ = _kind_speeds(profiles, kind, capacity, shape, calls_rps, total)
+        draws.append(group.replicas * float(_draw(capacity, found @ call, calls_rps / total)[0]))
+        fixed_s, input_s, output_s = found[0].tolist()
+        speeds.append(CallSpeed(fixed_s=fixed_s, input_s=input_s, output_s=output_s))
+    return tuple(
+        GroupLoad(
+            calls_rps=calls_rps * draw / sum(draws),
+            speed=speed,
+            utilisation=calls_rps * draw / sum(draws) / (group.replicas * capacity),
+            replica_rps=capacity * max_utilisation,
         )
-    return tuple(found)
+        for group, speed, draw, capacity in zip(groups, speeds, draws, capacities.tolist(), strict=True)
+    )
+
+
+def _draw(capacity: float, call_s: Floats, utilisation: Floats) -> Floats:
+    """How much of the calls one replica draws beside others, in any unit.
+
+    The endpoint keeps equal the calls in flight per capacity, so by Little's law a replica draws its capacity by the
+    time of a call. The nearer to saturation, the less it can take beyond its capacity: what is left of that at a
+    utilisation u is put at the power 1 - u^2, within 2 % of replays for the mixes that were tried, up to tensor parallelism 4 beside 1.
+    """
+    room = np.maximum(0.0, 1 - utilisation**2)
+    drawn: Floats = capacity / call_s**room
+    return drawn
 
 
 def _kinds_of(
@@ -279,16 +294,20 @@ def evaluate_counts(
     """
     totals: Floats = counts @ capacities
     speeds = np.zeros((len(counts), 3))
+    weights = np.zeros(len(counts))
+    call = np.array([1.0, shape.computed_tokens, shape.generated_tokens])
     for column, kind in enumerate(kinds):
         rows = np.flatnonzero(counts[:, column])
         if len(rows):
             capacity = float(capacities[column])
             found, _ = _kind_speeds(profiles, kind, capacity, shape, calls_rps, totals[rows])
-            speeds[rows] += found * (counts[rows, column] * capacity / totals[rows])[:, None]
+            weight = counts[rows, column] * _draw(capacity, found @ call, calls_rps / totals[rows])
+            speeds[rows] += found * weight[:, None]
+            weights[rows] += weight
     return OptionTable(
         kinds=tuple(kinds),
         counts=counts,
-        speeds=speeds,
+        speeds=speeds / weights[:, None],
         utilisation=calls_rps / totals,
         max_rps=totals * max_utilisation,
     )

@@ -8,8 +8,7 @@ Latency and capacity fall and rise with what an LLM gets in steps, and mixes mak
   whole devices in smaller groups, a tenth to nine tenths of a device in fractions, the largest pieces first;
 * with several device types, replicas of one kind on each of two types, on the same grid.
 
-Mixtures of more kinds lie between these in speed and size, since calls spread over replicas in proportion to what each
-carries, so that a mix is as fast as its kinds are on average.
+Mixtures of more kinds lie between these in speed and size, since a mix is as fast as its kinds are on average.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.placement import check_placement, place
 from scepsy_optimizer.plan import LLMPlan, Plan, Slot
 from scepsy_optimizer.planner import describe_choices, hand_made_plan, optimize, plan_choices, predict
+from scepsy_optimizer.replay import poisson_arrivals_s, replay
 from scepsy_optimizer.steady_state import replay_steady_state
 from scepsy_optimizer.workload import aggregate
 
@@ -212,3 +213,23 @@ def test_a_plan_checks_itself(workload, profiles):
         replace(plan, llms=(replace(plan.llms[0], fraction=2.0),))
     with pytest.raises(ScepsyError, match="no LLM 'z'"):
         plan.parts("z")
+
+
+@pytest.mark.parametrize("load", [0.2, 0.7])
+@pytest.mark.parametrize(
+    "groups",
+    [whole(1) + part(2), whole(2) + part(5) + part(2), whole(4) + whole(1)],
+    ids=["fifth", "half and fifth", "tensor parallelism"],
+)
+def test_a_mix_of_replicas_is_as_fast_as_its_replay(make_execution, profiles, groups, load):
+    runs = [make_execution(f"e{n}", [("b", 0, 2), ("b", 2, 4)], tokens=(300 + 40 * n, 60 + 10 * n)) for n in range(20)]
+    workload, cluster = aggregate(runs), parse_cluster("8xH100")
+    light = predict(workload, profiles, cluster, {"b": groups}, rate_rps=1e-3).prediction
+    rate_rps = load / 0.85 * light.max_rate_rps
+    plan = predict(workload, profiles, cluster, {"b": groups}, rate_rps=rate_rps)
+    assert [part.replicas for part in plan.parts("b")] == [group.replicas for group in groups]
+    assert sum(part.rate_rps for part in plan.parts("b")) == pytest.approx(2 * rate_rps)
+    rng = np.random.default_rng(3)
+    timelines = [workload.timelines[index] for index in rng.integers(0, 20, 800)]
+    replayed = replay(plan, profiles, timelines, poisson_arrivals_s(rng, rate_rps=rate_rps, executions=800))
+    assert plan.prediction.latency_s == pytest.approx(replayed.latencies_s[80:-80].mean(), rel=0.05)
