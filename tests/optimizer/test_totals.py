@@ -13,14 +13,15 @@ from scepsy_optimizer.totals import Sum, merge, total
 from scepsy_optimizer.totals_workload import workload_of
 from scepsy_optimizer.workload import aggregate
 
-TIMES = st.floats(0, 50)
+# Traces know whole nanoseconds.
+TIMES = st.integers(0, 50_000_000_000).map(lambda time_ns: time_ns / 1e9)
 CALLS = st.builds(
     lambda llm, role, start, length, tokens, queue_s: (start, start + length, Call(
         llm=llm, role=role, input_tokens=tokens[0], output_tokens=tokens[1], cached_tokens=tokens[0] // 3,
         queue_s=queue_s,
     )),
     st.sampled_from("abc"), st.sampled_from(["plan", "write"]), TIMES, TIMES,
-    st.tuples(st.integers(0, 5000), st.integers(0, 900)), st.none() | st.floats(0, 60),
+    st.tuples(st.integers(0, 5000), st.integers(0, 900)), st.none() | TIMES,
 )  # fmt: skip
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -81,10 +80,10 @@ def read_spans(path: Path, tally: Tally, on_bytes: Callable[[int], None]) -> Ite
     tally.files += 1
     try:
         if str(path) == STDIN:
-            with os.fdopen(sys.stdin.fileno(), "rb", _BUFFER, closefd=False) as stream:
+            with io.BufferedReader(io.FileIO(sys.stdin.fileno(), closefd=False), _BUFFER) as stream:
                 yield from _spans(path, stream, tally)
         else:
-            with path.open("rb", buffering=_BUFFER) as stream:
+            with io.BufferedReader(io.FileIO(path), _BUFFER) as stream:
                 for batch in _spans(path, stream, tally):
                     yield batch
                     on_bytes(stream.tell())
@@ -92,7 +91,7 @@ def read_spans(path: Path, tally: Tally, on_bytes: Callable[[int], None]) -> Ite
         raise ScepsyError(f"{path}: cannot be read: {error}") from error
 
 
-def _spans(path: Path, stream: io.BufferedReader, tally: Tally) -> Iterator[Iterable[RawSpan]]:
+def _spans(path: Path, stream: io.BufferedReader[Any], tally: Tally) -> Iterator[Iterable[RawSpan]]:
     start = stream.peek(4)[:4]
     if start[:2] == _GZIP:
         with gzip.open(stream, "rb") as inner:
