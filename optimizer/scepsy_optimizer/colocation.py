@@ -90,7 +90,6 @@ class Gather:
         self._near: Floats = _SAME_SWITCH * ((names[:, None] == names[None, :]) & (names != "")[:, None])
         self._switched = bool(self._near.any())
         np.fill_diagonal(self._near, 1.0)
-        self._here = np.zeros((len(nodes), len(self._llms)))
         self._costs = np.zeros((len(self._llms), len(nodes)))
 
     def rank(self, replica: Replica, done: int) -> float:
@@ -105,7 +104,6 @@ class Gather:
     def count(self, replica: Replica, node: int, sign: int) -> None:
         """See `Leaning`."""
         llm, part = self._llms[replica.llm], sign * self._part[replica]
-        self._here[node, llm] += part
         pull = self._follow[llm] * part
         if self._switched:
             self._costs -= np.outer(pull, self._near[node])
@@ -181,7 +179,7 @@ class Gather:
 def calls_between(workload: Workload) -> dict[tuple[str, str], float]:
     """How often, in a mean execution, a call of the first LLM is waited for by one of the second.
 
-    Taken from at most a few hundred executions, evenly chosen: it decides nothing but which equal places are swapped.
+    Taken from at most a few hundred executions, evenly chosen: it only decides who sits where in what is taken anyway.
     """
     step = -(-len(workload.timelines) // _MAX_EXECUTIONS)
     rates: dict[tuple[str, str], float] = defaultdict(float)

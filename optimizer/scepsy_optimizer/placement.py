@@ -2,8 +2,8 @@
 
 Largest first: tensor-parallel groups into fast-link domains, then fractions onto devices that are shared already, each
 where what stays free stays whole. Where every size divides the next larger one nothing is lost by that, whichever
-domain is taken; where it fails for other sizes, an exact packing decides. Then replicas of the same shape change places
-so that LLMs that call each other share nodes, which costs nothing.
+domain is taken; where it fails for other sizes, an exact packing decides. Then the replicas are placed again on what is
+taken, so that LLMs that call each other share nodes, which costs nothing.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def _largest_first(
     leaning: Leaning | None = None,
     reserved: Sequence[Slot] = (),
 ) -> Placement | None:
-    """None where largest first does not place all.
+    """Largest first, around what stays; None where that does not place all.
 
     A `leaning`, which is told of every replica that is placed, comes before wholeness. `reserved` devices stay free.
     """
