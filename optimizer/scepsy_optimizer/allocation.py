@@ -247,9 +247,9 @@ def _draw(capacity: float, call_s: Floats, utilisation: Floats) -> Floats:
     """How much of the calls one replica draws beside others, in any unit.
 
     The endpoint keeps equal the calls in flight per capacity, so by Little's law a replica draws its capacity by the
-    time of a call. The nearer to saturation, the less it can take beyond its capacity: what is left of that at a
-    utilisation u is put at the power 1 - u^2, within 2 % of
-    replays for the mixes that were tried, up to tensor parallelism 4 beside 1.
+    time of a call. The nearer to saturation, the less it can take beyond its capacity: the time counts with the power
+    1 - u^2 at a utilisation u. That is within 2 % of replays for the mixes that were tried, up to tensor parallelism 4
+    beside 1.
     """
     room = np.maximum(0.0, 1 - utilisation**2)
     drawn: Floats = capacity / call_s**room
