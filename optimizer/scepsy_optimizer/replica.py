@@ -24,9 +24,9 @@ from scepsy_optimizer.workload import LLMDemand
 Array = NDArray[np.float64]
 
 # More rates than this are interpolated between so many of them: options differ in little but their rates.
-_MAX_RATES = 64
-# Iterations of bisection: to one part in a million million of the longest step.
-_BISECTIONS = 40
+_MAX_RATES = 32
+# Iterations of bisection: to one part in a million of the longest step.
+_BISECTIONS = 20
 _PASSES = 3
 # A queue at its very limit is infinite; the closed form is not asked about it.
 _FULLEST = 0.98
@@ -204,7 +204,8 @@ def loaded_speeds(
     order = np.argsort(rates)
     asked = order[rates[order] < saturation]
     if len(asked) > _MAX_RATES:
-        asked = asked[np.unique(np.linspace(0, len(asked) - 1, _MAX_RATES).round().astype(int))]
+        between = np.linspace(rates[asked[0]], rates[asked[-1]], _MAX_RATES)
+        asked = asked[np.unique(np.searchsorted(rates[asked], between))]
     columns = np.full((3, len(rates)), np.inf)
     if len(asked):
         limit = max_batch(profile, tensor_parallel_size, fraction, shape)
@@ -233,6 +234,11 @@ class _Steps:
         self._times = np.concatenate([[max(0.0, times[0] - slope * grid[0])], times])
         # What attention computes for the mean prompt, beyond what the table has for one of as many computed tokens.
         self.attention_s = self.clock.attention_s * shape.pairs
+        steps = profile.at(tensor_parallel_size)
+        self._tokens = np.array(steps.prefill_tokens, dtype=float)
+        self._flat = self.clock.prefill_times_s(self._tokens) - self.clock.attention_s * self._tokens**2
+        last = len(self._tokens) - 1
+        self._slope = 0.0 if last == 0 else (self._flat[-1] - self._flat[-2]) / (self._tokens[-1] - self._tokens[-2])
 
     def decode_s(self, batch: Array) -> Array:
         """Time of a step that decodes that many calls, the host's part included; the host's part alone for none."""
@@ -242,8 +248,9 @@ class _Steps:
     def together_s(self, prompts: Array) -> Array:
         """Time of prefilling that many mean prompts in one step, without the host's part."""
         tokens = prompts * self.shape.computed_tokens
-        flat: Array = self.clock.prefill_times_s(tokens) - self.clock.attention_s * tokens**2
-        return flat + prompts * self.attention_s
+        flat = np.interp(tokens, self._tokens, self._flat) + self._slope * np.maximum(0.0, tokens - self._tokens[-1])
+        together: Array = flat + prompts * self.attention_s
+        return together
 
     def prompts_s(self, prompts: Array, burst: Array, *, is_decoding: bool) -> Array:
         """What prefilling adds to a mean step, where that many prompts arrive per step, in bursts of that size.
@@ -373,7 +380,8 @@ def _budget_wait_s(replica: _Steps, rates: Array, step_s: Array) -> Array:
     """
     prompts = max(1.0, replica.profile.max_num_batched_tokens / replica.shape.computed_tokens)
     load = np.minimum(rates * step_s / prompts, _FULLEST)
-    return step_s / 2 * load ** (np.sqrt(2 * (prompts + 1)) - 1) / (prompts * (1 - load))
+    wait_s: Array = step_s / 2 * load ** (np.sqrt(2 * (prompts + 1)) - 1) / (prompts * (1 - load))
+    return wait_s
 
 
 def _place_wait_s(replica: _Steps, rates: Array, own: Array, swing: Array, limit: float, contention: Array) -> Array:
@@ -386,7 +394,7 @@ def _place_wait_s(replica: _Steps, rates: Array, own: Array, swing: Array, limit
     decode_s = replica.profile.host_s + np.outer(contention, replica.decode_s(places) - replica.profile.host_s)
     # Calls end at the rate n / (tokens * step), the prompts that keep the steps busy counted at the offered rate.
     prompts = rates[:, None] * decode_s
-    for _ in range(4):
+    for _ in range(3):
         step_s = decode_s + replica.prompts_s(prompts, own[:, None], is_decoding=tokens > 1)
         prompts = np.minimum(rates[:, None] * step_s, places / tokens)
         prompts[:, -1] *= 1 + _preempted(replica.profile, replica.shape, limit)
@@ -398,4 +406,5 @@ def _place_wait_s(replica: _Steps, rates: Array, own: Array, swing: Array, limit
     beyond = weights[:, -1] * load / (1 - load)
     queue = beyond / (1 - load) / (weights.sum(axis=1) + beyond)
     variability = (1 + replica.shape.output_cv**2) / 2
-    return variability * queue / rates
+    wait_s: Array = variability * queue / rates
+    return wait_s
