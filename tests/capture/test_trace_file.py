@@ -224,22 +224,26 @@ def test_forked_children_write_files_of_their_own_and_nothing_twice(tmp_path, le
     assert len({path for path, _ in lines(tmp_path)}) == 2
 
 
-def test_children_of_multiprocessing_lose_nothing_at_their_exit(tmp_path):
-    done = run(
-        """
-        import multiprocessing
-        import scepsy
-        scepsy.instrument()
-        @scepsy.workflow
-        def work(index): ...
-        if __name__ == "__main__":
-            context = multiprocessing.get_context("fork")
-            children = [context.Process(target=work, args=(i,)) for i in range(3)]
-            for child in children: child.start()
-            for child in children: child.join()
-        """,
-        tmp_path,
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_children_of_multiprocessing_lose_nothing_at_their_exit(tmp_path, method):
+    program = tmp_path / "program.py"
+    program.write_text(
+        textwrap.dedent(
+            f"""
+            import multiprocessing
+            import scepsy
+            scepsy.instrument(directory={str(tmp_path)!r})
+            @scepsy.workflow
+            def work(index): ...
+            if __name__ == "__main__":
+                context = multiprocessing.get_context({method!r})
+                children = [context.Process(target=work, args=(i,)) for i in range(3)]
+                for child in children: child.start()
+                for child in children: child.join()
+            """
+        )
     )
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert len(spans(tmp_path)) == 3
 

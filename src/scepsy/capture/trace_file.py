@@ -50,6 +50,7 @@ class TraceFile(SpanProcessor):
         self._resource = Resource.create()  # not when it is first needed: that may be at exit, when no thread starts
         self._begin()
         _files.add(self)
+        _flush_when_children_exit()
 
     def _begin(self) -> None:
         """A new file, queue and thread: for a new process as well as for a new TraceFile."""
@@ -148,6 +149,10 @@ def flush_all() -> None:
 def _after_fork_in_child() -> None:
     for file in list(_files):
         file.after_fork()
+    _flush_when_children_exit()
+
+
+def _flush_when_children_exit() -> None:
     # Children of multiprocessing leave through os._exit and run no atexit functions, only these.
     finalizers = sys.modules.get("multiprocessing.util")
     if finalizers is not None:
