@@ -34,7 +34,8 @@ class Work:
     def expect(self, engine: str, guesses_s: Mapping[str, float]) -> None:
         """Expect these measurements of an engine, whose name is in their keys, instead of those expected before."""
         before = {key for key in self._guessed_s if f" of {engine}:" in key}
-        self._guessed_s = {key: guess_s for key, guess_s in self._guessed_s.items() if key not in before} | guesses_s
+        others_s = {key: guess_s for key, guess_s in self._guessed_s.items() if key not in before}
+        self._guessed_s = {**others_s, **guesses_s}
 
     def tell(self, text: str) -> None:
         """Say what happens, between measurements."""
