@@ -69,14 +69,14 @@ def test_a_robust_plan_carries_what_the_plain_one_may_not(workload, profiles, lo
     assert plan.prediction.latency_s >= found.plain.prediction.lower_bound_s
     assert plan.prediction.lower_bound_s == pytest.approx(found.plain.prediction.lower_bound_s)
     assert plan.prediction.gap == pytest.approx(1 - plan.prediction.lower_bound_s / plan.prediction.latency_s)
-    assert all(load(plan, llm) * factor <= 0.85 + 1e-9 for llm, factor in found.factors.items())
+    assert all(load_of(plan, llm) * factor <= 0.85 + 1e-9 for llm, factor in found.factors.items())
     assert found.at_quantile.latency_s < float("inf")
     # Where the plain plan would do as well, it is at most as fast there.
     if found.plain_at_quantile.utilisation <= 0.85:
         assert found.at_quantile.latency_s <= found.plain_at_quantile.latency_s * 1.001
 
 
-def load(plan, llm):
+def load_of(plan, llm):
     """An LLM's load over all its groups, as a part of their saturation."""
     groups = plan.parts(llm)
     return 0.85 * sum(one.rate_rps for one in groups) / sum(one.replicas * one.replica_rps for one in groups)
@@ -92,8 +92,8 @@ def test_near_saturation_only_the_robust_plan_survives_the_quantile(workload, pr
         quantile=0.9,
         rng=np.random.default_rng(0),
     )
-    assert all(load(plan, llm) * factor <= 0.85 + 1e-9 for llm, factor in found.factors.items())
-    assert any(load(found.plain, llm) * factor > 0.85 + 1e-9 for llm, factor in found.factors.items())
+    assert all(load_of(plan, llm) * factor <= 0.85 + 1e-9 for llm, factor in found.factors.items())
+    assert any(load_of(found.plain, llm) * factor > 0.85 + 1e-9 for llm, factor in found.factors.items())
     assert found.at_quantile.utilisation < found.plain_at_quantile.utilisation
     with pytest.raises(ScepsyError, match="is out of reach"):
         plan_robustly(
