@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from itertools import islice
 
 import numpy as np
 
@@ -54,6 +55,8 @@ def optimize(
     more of the cluster's device types. Raises ScepsyError where the rate is out of reach, with the highest reachable
     one and its bottleneck, or where an LLM has no profile or does not fit.
     """
+    # A replay's mean knows no weights: where there are some, the order of the closed form stands.
+    is_chosen_by_replay = replay_seed is not None and not requirements.weighs_workflows
     plans = find_plans(
         workload,
         profiles,
@@ -63,6 +66,7 @@ def optimize(
         max_utilisation=max_utilisation,
         requirements=requirements,
         provenance=provenance,
+        most=_MAX_REPLAYED if is_chosen_by_replay else 1,
     )
     if not plans:
         raise ScepsyError(
@@ -78,9 +82,6 @@ def optimize(
         )
     if replay_seed is None:
         return plans[0]
-    if requirements.weighs_workflows:
-        # A replay's mean knows no weights: the order of the closed form stands.
-        return with_replay(plans[0], profiles, workload, replay_seed)
     return least_replayed([with_replay(plan, profiles, workload, replay_seed) for plan in plans])
 
 
@@ -94,8 +95,9 @@ def find_plans(
     max_utilisation: float = MAX_UTILISATION,
     requirements: Requirements = NO_REQUIREMENTS,
     provenance: Mapping[str, str] | None = None,
+    most: int = _MAX_REPLAYED,
 ) -> tuple[Plan, ...]:
-    """The best few plans that the search met and that can be placed, least mean latency first.
+    """The best few plans that the search met and that can be placed, least mean latency first, `most` at most.
 
     Each is within five per cent of the best, and has the lower bound of the whole budget. Empty where no allocation
     carries the rate. Raises ScepsyError where an LLM has no profile.
@@ -118,7 +120,7 @@ def find_plans(
         # The bound of the whole cluster holds, also where a smaller budget is what can be placed in the end.
         bound_s = allocation.lower_bound_s if bound_s is None else bound_s
         near = [one for one in allocation.candidates if one.latency_s <= allocation.latency_s * _WORTH_REPLAYING]
-        plans = tuple(
+        placed = (
             _bounded(plan, candidate.latency_s, bound_s, requirements)
             for candidate in near[:_MAX_REPLAYED]
             if (
@@ -135,7 +137,7 @@ def find_plans(
             )
             and not check_requirements(plan, requirements)
         )
-        if plans:
+        if plans := tuple(islice(placed, most)):
             return plans
         # Groups did not fit into the domains side by side: plan for fewer devices and try again.
         units = sum(option.units for option in allocation.options.values()) - 1
