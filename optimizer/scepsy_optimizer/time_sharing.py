@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
 from numpy.typing import NDArray
 
 from scepsy_optimizer.engine import Engine, Stretch
@@ -32,7 +33,7 @@ TURN_S = 0.5
 def replay_time_shared(
     profiles: Mapping[str, LLMProfile],
     timelines: Sequence[Timeline],
-    arrivals_s: Sequence[float] | NDArray,
+    arrivals_s: Sequence[float] | NDArray[np.float64],
     *,
     devices: int,
     turn_s: float = TURN_S,
