@@ -47,7 +47,8 @@ def share_plan(
     """What each workflow uses of a plan and what it gains or loses by sharing, in the order of their names.
 
     `workload` is the mix that the plan was made for, `alone` the workload of each of its workflows by itself; one that
-    calls no LLM has none and is left out. Devices that stay free belong to nobody. Raises ScepsyError where the plan
+    calls no LLM has none and is left out. Devices that stay free belong to nobody, and no requirements bind a workflow
+    that is alone. Raises ScepsyError where the plan
     has no prediction.
     """
     if plan.prediction is None:

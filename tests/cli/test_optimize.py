@@ -36,6 +36,7 @@ def test_one_device_more_and_one_less(optimize):
     assert "as it is" in out
     assert "+1 H100" in out
     assert "-1 H100" in out
+    assert "the next device, if one LLM got it" in out
 
 
 def test_the_frontier_writes_no_plan(optimize):
@@ -57,6 +58,7 @@ def test_an_answer_for_programs(optimize):
     assert answer["plan"]["rate_rps"] == load_plan(target).rate_rps == 3
     assert [change["change"] for change in answer["changes"]] == [0, 1, -1]
     assert {share["workflow"] for share in answer["shares"]} == {"essay", "poem"}
+    assert {one["llm"] for one in answer["next_devices"]} == {"generator", "writer"}
     assert answer["robustness"]["quantile"] == 0.9
 
 
@@ -97,9 +99,11 @@ def test_what_runs_stays_in_place(optimize, tmp_path):
         for part in first.llms
     )
     save_plan(replace(first, llms=elsewhere), old)
-    target, (code, _, _) = optimize("--rate", "1", "--plan", old)
+    target, (code, out, _) = optimize("--rate", "1", "--plan", old)
     assert code == 0
     assert load_plan(target).llms == elsewhere
+    replicas = sum(part.replicas for part in elsewhere)
+    assert f"from {old}: of the replicas {replicas} stay, 0 start" in out
 
 
 def test_weights_and_limits_of_workflows(optimize):
