@@ -26,6 +26,7 @@ from scepsy_optimizer.pipeline import build_pipeline, workflow_latencies_s
 from scepsy_optimizer.placement import place
 from scepsy_optimizer.plan import LLMPlan, Plan, Prediction, Slot
 from scepsy_optimizer.profile import LLMProfile, Profiles, find_profile, profiles_of
+from scepsy_optimizer.replica import check_range
 from scepsy_optimizer.requirements import NO_REQUIREMENTS, Requirements, check_requirements
 from scepsy_optimizer.search import budget_units, find_allocation
 from scepsy_optimizer.steady_state import replay_steady_state
@@ -370,4 +371,5 @@ def check_profiles(workload: Workload, profiles: Profiles, cluster: Cluster) -> 
         known = ", ".join(sorted(profiles)) or "nothing"
         raise ScepsyError(f"no profile for {', '.join(missing)}; there are profiles for {known}")
     for demand in workload.demands:
-        cluster_profiles(profiles, demand.llm, cluster)
+        for profile in cluster_profiles(profiles, demand.llm, cluster):
+            check_range(profile, demand)

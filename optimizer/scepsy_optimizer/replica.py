@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.profile import LLMProfile, StepClock
 from scepsy_optimizer.workload import LLMDemand
 
@@ -98,6 +99,21 @@ class CallShape:
             prompt_pairs=demand.prompt_pairs,
             output_cv=demand.output_cv,
             burst=demand.burst,
+        )
+
+
+def check_range(profile: LLMProfile, demand: LLMDemand) -> None:
+    """Raise ScepsyError where calls are longer than the profile knows: nothing is extrapolated for them."""
+    if demand.longest_tokens > profile.max_model_len:
+        raise ScepsyError(
+            f"calls of {demand.llm!r} reach {demand.longest_tokens:,} tokens, its profile on {profile.device_type} is "
+            f"for engines with max_model_len {profile.max_model_len:,}: profile it with a longer one"
+        )
+    known = max(steps.context_tokens[-1] for steps in profile.steps)
+    if demand.context_tokens > known:
+        raise ScepsyError(
+            f"calls of {demand.llm!r} decode at {demand.context_tokens:,.0f} tokens of context on average, its profile "
+            f"on {profile.device_type} ends at {known:,}: profile it with longer contexts"
         )
 
 

@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scepsy_optimizer.engine import Engine
+from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.profile import PROPORTIONAL, StepClock
-from scepsy_optimizer.replica import CallShape, loaded_speeds, max_batch, saturation_rps
+from scepsy_optimizer.replica import CallShape, check_range, loaded_speeds, max_batch, saturation_rps
+from scepsy_optimizer.workload import aggregate
 
 SHAPE = CallShape(input_tokens=1000, cached_tokens=0, output_tokens=200, overlap=1.0)
 
@@ -102,3 +104,17 @@ def test_more_load_is_never_faster(make_profile, load, prompt, output, overlap):
     saturation = saturation_rps(profile, 1, 1.0, shape)
     light, heavy = call_s(profile, saturation * load / 2, shape), call_s(profile, saturation * load, shape)
     assert 0 < light <= heavy * (1 + 1e-9) < float("inf")
+
+
+def test_calls_longer_than_the_profile_knows_are_refused(make_profile, make_execution):
+    profile = make_profile("m", max_model_len=4096)
+    demand = aggregate([make_execution("e", [("m", 0, 1)], tokens=(4000, 90))]).demand("m")
+    check_range(profile, demand)
+    longer = aggregate([make_execution("e", [("m", 0, 1)], tokens=(4000, 100))]).demand("m")
+    with pytest.raises(ScepsyError, match="reach 4,100 tokens, its profile on H100 is for engines with max_model_len"):
+        check_range(profile, longer)
+    beyond = aggregate([make_execution("e", [("m", 0, 1)], tokens=(9000, 100))]).demand("m")
+    with pytest.raises(
+        ScepsyError, match="decode at 9,050 tokens of context on average, its profile on H100 ends at 8,192"
+    ):
+        check_range(make_profile("m"), beyond)
