@@ -12,7 +12,7 @@ from rich.console import Console
 from scepsy.cli.options import add_engine, add_profiles, parse_command, parse_models
 from scepsy.deployment import deploy
 from scepsy.files import load_plan
-from scepsy.inputs import resolve_profiles
+from scepsy.inputs import resolve_cluster_profiles
 
 HELP = "start the engines of a plan behind one OpenAI-compatible endpoint"
 
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if args.engine == "emulator":
         llms = list(dict.fromkeys(part.llm for part in plan.llms))
         models = parse_models(args.model)
-        profiles = resolve_profiles(llms, plan.cluster.device_type, profiles=args.profiles, models=models)
+        profiles = resolve_cluster_profiles(llms, plan.cluster, profiles=args.profiles, models=models)
     deployment = deploy(
         plan,
         engine=args.engine,
