@@ -21,7 +21,7 @@ from scepsy_optimizer.master import Floats, Ints, Master, Problem, Relaxed
 
 _RELAXED_GAP = 1e-5
 _MAX_CUTS = 150
-_MAX_NODES = 20_000
+_MAX_NODES = 5_000
 _POINT_CUTS_EVERY = 3
 """At every such node the relaxed point becomes a cut, beside the choices that are met: more would cost more time."""
 
