@@ -58,7 +58,7 @@ def main() -> int:
         prices = [cost[rows_kept] for cost, rows_kept in zip(costs, kept, strict=True)]
         highs_s, by_highs = with_highs(sizes, prices, units)
         cp_sat_s, by_cp_sat = with_cp_sat(sizes, prices, units)
-        repeats = REPEATS if devices <= 1024 else 1
+        repeats = REPEATS if llms <= 20 else 1
         plan_s, gap, latency_s = min(whole_plan(workload, profiles, rate_rps, cluster) for _ in range(repeats))
         row = {
             "llms": llms,
