@@ -1,7 +1,7 @@
 """Placement beside first-fit and CP-SAT, on clusters of 2 to 1,024 GPUs.
 
-Four questions. Is anything unplaceable that CP-SAT places? How many more devices have the nodes in use, ours and those of
-first-fit, than CP-SAT needs? How many calls from one LLM to the next leave their node, and how far do they go?
+Four questions. Is anything unplaceable that CP-SAT places? How many more devices have the nodes in use, ours and those
+of first-fit, than CP-SAT needs? How many calls from one LLM to the next leave their node, and how far do they go?
 What does packing cost: the latency of what is placed against the optimum that only counts devices, and against the
 optimum that knows what domains hold?
 """
