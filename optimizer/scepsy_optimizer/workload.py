@@ -14,6 +14,8 @@ from scepsy_optimizer.executions import Execution, Span
 from scepsy_optimizer.shape import burst_squares
 from scepsy_optimizer.timeline import Timeline, compile_timeline
 
+_LEAST_S = 0.5e-9
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LLMDemand:
@@ -215,7 +217,9 @@ def _service_times(timelines: Sequence[Timeline], llms: Sequence[str]) -> NDArra
     service = np.zeros((len(timelines), len(llms)))
     for row, timeline in enumerate(timelines):
         for call, traced_s in zip(timeline.calls, timeline.traced_s, strict=True):
-            service[row, columns[call.llm]] += max(0.0, traced_s - (call.queue_s or 0.0))
+            served_s = traced_s - (call.queue_s or 0.0)
+            # Traces know whole nanoseconds: less than that is what rounding leaves of nothing.
+            service[row, columns[call.llm]] += served_s if served_s > _LEAST_S else 0.0
     return service
 
 

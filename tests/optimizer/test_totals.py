@@ -13,8 +13,8 @@ from scepsy_optimizer.totals import Sum, merge, total
 from scepsy_optimizer.totals_workload import workload_of
 from scepsy_optimizer.workload import aggregate
 
-# Traces know whole nanoseconds.
-TIMES = st.integers(0, 50_000_000_000).map(lambda time_ns: time_ns / 1e9)
+# Whole microseconds: shares of a few nanoseconds are mostly the rounding of seconds as binary fractions.
+TIMES = st.integers(0, 50_000_000).map(lambda time_us: time_us / 1e6)
 CALLS = st.builds(
     lambda llm, role, start, length, tokens, queue_s: (start, start + length, Call(
         llm=llm, role=role, input_tokens=tokens[0], output_tokens=tokens[1], cached_tokens=tokens[0] // 3,
