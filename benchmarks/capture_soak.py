@@ -138,7 +138,9 @@ def soak(
     server = load_loopback()
     faults = Faults(server, seed)
     scepsy.instrument(directory=directory)
-    logging.getLogger("scepsy").setLevel(logging.ERROR)  # one line for each fault that is meant
+    logger = logging.getLogger("scepsy")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # one line for each fault that is meant
 
     async def run() -> None:
         until_s = time.monotonic() + seconds
@@ -154,6 +156,7 @@ def soak(
         left = len(recorder.open)
         scepsy.uninstrument()
         server.stop()
+        logger.setLevel(level)
     # A connection may be cut before the server knows the model; the headers name the call in any case.
     seen = {one.headers.get("traceparent", "--").split("-")[2] for one in server.seen}
     spans = _told(directory)
