@@ -258,3 +258,21 @@ def test_profiles_that_cannot_be_made(scepsy, tmp_path, monkeypatch, words, told
     assert told in err
     assert err.startswith("scepsy profile: ")
     assert not (tmp_path / "profile.yaml").exists()
+
+
+def test_a_reader_that_has_had_enough_is_no_failure():
+    """As `scepsy plan show ... --json | head -1` does: the pipe closes while there is more to write."""
+    script = (
+        "import scepsy.cli, sys\n"
+        "from scepsy.cli import report\n"
+        "report.run = lambda args, console: print('x' * 1_000_000) or 0\n"
+        "sys.exit(scepsy.cli.main(['report', 'nowhere']))\n"
+    )
+    writer = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert writer.stdout is not None
+    writer.stdout.read(10)
+    writer.stdout.close()
+    assert writer.wait(30) == 0
+    assert writer.stderr is not None
+    assert writer.stderr.read() == b""
+    writer.stderr.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -30,10 +31,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     console = Console()
     try:
-        return int(args.run(args, console))
+        code = int(args.run(args, console))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever reads has had enough, as `head` does. The interpreter flushes once more at its end, into nothing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except ScepsyError as error:
         print(f"scepsy {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"scepsy {args.command}: interrupted", file=sys.stderr)
         return 130
+    return code
