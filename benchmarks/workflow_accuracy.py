@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> int:
     print(f"{means['rank']:>6.3f} {means['paper_rank']:>6.3f} {means['ceiling']:>7.3f}")
     bounds = [
         Bound(name="mean error of the mean latency", value=means["error"], at_most=0.05),
-        Bound(name="mean rank correlation of allocations", value=means["rank"], at_least=0.98),
+        Bound(name="least rank correlation of allocations", value=min(row["rank"] for row in rows), at_least=0.98),
     ]
     return finish("workflow_accuracy", bounds, {**means, "seed": seed, "rows": rows})
 
