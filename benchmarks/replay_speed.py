@@ -146,7 +146,7 @@ class SimPyModel:
         """Nothing has arrived yet."""
         self._env = simpy.Environment()
         self._timelines = timelines
-        self._outside_s = {llm: profile.request_s for llm, profile in profiles.items()}
+        self._outside_s = {llm: profile.outside_s for llm, profile in profiles.items()}
         self._servers: dict[str, list[Server]] = {}
         for part in plan.llms:
             profile = profiles[part.llm]

@@ -19,43 +19,47 @@ import os
 import random
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from fractions import Fraction
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import aiohttp
 import numpy as np
 import psutil
 
+from benchmarks.cpu_engines import (
+    COMMAND,
+    ENVIRONMENT,
+    WHOLE,
+    Call,
+    client,
+    execute,
+    is_missing,
+    make_models,
+    poisson,
+    profile,
+    saturate,
+    trace,
+)
 from benchmarks.machine_noise import probe_s, watched
 from benchmarks.outcome import Bound, finish
-from scepsy.collect.joining import CONVERSATION_HEADERS, WORKFLOW_HEADER
 from scepsy.deployment import deploy, list_deployments
-from scepsy.files import load_profile
-from scepsy.profiling import shipped_profiles
-from scepsy.traces import read_executions
-from scepsy_optimizer.allocation import MAX_UTILISATION, Choice
+from scepsy_optimizer.allocation import MAX_UTILISATION
 from scepsy_optimizer.cluster import parse_cluster
 from scepsy_optimizer.plan import Plan, Prediction
 from scepsy_optimizer.planner import hand_made_plan, predict
 from scepsy_optimizer.profile import LLMProfile
 from scepsy_optimizer.steady_state import replay_steady_state
-from scepsy_optimizer.workload import Workload, aggregate
+from scepsy_optimizer.workload import Workload
 
-ROOT = Path(__file__).parents[1]
-PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
-COMMAND = (str(PYTHON), "-m", "vllm.entrypoints.openai.api_server")
 MODELS = {"checker": (512, 8), "writer": (1024, 12)}
 """Hidden size and layers of each LLM."""
 
 CLUSTER = parse_cluster("2xCPU")
-WHOLE_CORES = {llm: (Choice(tensor_parallel_size=1, fraction=Fraction(1), replicas=1),) for llm in MODELS}
+WHOLE_CORES = dict.fromkeys(MODELS, WHOLE)
 LOADS = (0.25, 0.45, 0.65)
 SEEDS = (1, 2)
 TRACED = 300
@@ -65,18 +69,11 @@ ROUND_S, LEAD_S, TAIL_S = 34.0, 4.0, 2.0
 SATURATED, SATURATION_S = 24, 36.0
 """Executions in flight at saturation, and for how long."""
 
-PROFILE_OPTIONS = ("--requests", "16", "--max-num-seqs", "8", "--max-num-batched-tokens", "1024")
-PROFILE_OPTIONS += ("--max-model-len", "1024")
-# Ids that are plain text in the models' vocabulary.
-TOKENS = range(10, 200)
-EXECUTION_HEADER = CONVERSATION_HEADERS[0]
 # A round is disturbed when others take more of the cores than this, or when a core computes that much slower.
 OTHERS, SLOWER = 0.03, 0.06
 REPEATS = 2
 BUDGET_S = 17 * 60
 """After this no round is repeated any more."""
-
-Call = Callable[[str, int, int], Awaitable[None]]
 
 
 async def draft_and_check(call: Call, rng: random.Random) -> None:
@@ -159,15 +156,15 @@ def main() -> int:
     """Trace, profile, predict, deploy, measure, judge."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     begun_s = time.perf_counter()
-    if not PYTHON.exists():
-        print("there is no .venv-vllm; make test-vllm makes it", file=sys.stderr)
+    if is_missing():
         return 2
     with tempfile.TemporaryDirectory() as folder:
-        os.environ |= {"SCEPSY_HOME": f"{folder}/home", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-        models = make_models(Path(folder))
-        workloads = asyncio.run(trace(Path(folder) / "traces"))
+        os.environ |= ENVIRONMENT | {"SCEPSY_HOME": f"{folder}/home"}
+        models = make_models(MODELS, Path(folder))
+        traces = Path(folder) / "traces"
+        workloads = asyncio.run(trace(WORKFLOWS, tuple(MODELS), TRACED, traces))
         tell(begun_s, f"traced {TRACED} executions of each workflow; profiling")
-        profiles = {llm: profile(llm, models[llm], Path(folder)) for llm in MODELS}
+        profiles = {llm: profile(llm, models[llm], traces, Path(folder) / f"{llm}.yaml") for llm in MODELS}
         points = predictions(workloads, profiles)
         plan = hand_made_plan(WHOLE_CORES, profiles, CLUSTER)
         tell(begun_s, "deploying")
@@ -177,44 +174,6 @@ def main() -> int:
     seconds = time.perf_counter() - begun_s
     notes = {llm: one.provenance.note for llm, one in profiles.items()}
     return judge(points, {"profiles": notes, "seconds": seconds}, left)
-
-
-def make_models(folder: Path) -> dict[str, Path]:
-    """The directory of each model, with random weights."""
-    script = ROOT / "tests" / "vllm" / "make_model.py"
-    for seed, (llm, sizes) in enumerate(MODELS.items()):
-        words = [str(PYTHON), str(script), str(folder / llm), *(str(size) for size in sizes), str(seed)]
-        subprocess.run(words, check=True, capture_output=True)
-    return {llm: folder / llm for llm in MODELS}
-
-
-async def trace(folder: Path) -> dict[str, Workload]:
-    """What the workflows ask of the LLMs, as an endpoint has recorded it."""
-    # Any profile will do: only how long calls are and which waits for which is used of these traces.
-    quick = shipped_profiles("H100")["reranker"]
-    emulated = {llm: replace(quick, llm=llm) for llm in MODELS}
-    plan = hand_made_plan(WHOLE_CORES, emulated, parse_cluster("2xH100"))
-    with deploy(plan, engine="emulator", profiles=emulated, name="traced", record=folder) as running:
-        async with client() as session:
-            turns = asyncio.Semaphore(8)
-
-            async def one(workflow: str, number: int) -> None:
-                async with turns:
-                    await execute(session, running.url, workflow, f"traced {number}")
-
-            await asyncio.gather(*(one(workflow, number) for workflow in WORKFLOWS for number in range(TRACED)))
-    executions = read_executions([folder]).executions
-    return {name: aggregate([one for one in executions if one.workflow == name]) for name in WORKFLOWS}
-
-
-def profile(llm: str, model: Path, folder: Path) -> LLMProfile:
-    """What `scepsy profile` measures, called as a user calls it."""
-    target = folder / f"{llm}.yaml"
-    words = [sys.executable, "-m", "scepsy", "profile", str(model), "--llm", llm, "--device-type", "CPU"]
-    words += ["--engine", "vllm-cpu", "--command", " ".join(COMMAND), "--traces", str(folder / "traces")]
-    words += [*PROFILE_OPTIONS, "-o", str(target)]
-    subprocess.run(words, check=True, stdout=sys.stderr)
-    return load_profile(target)
 
 
 def predictions(workloads: Mapping[str, Workload], profiles: Mapping[str, LLMProfile]) -> list[Point]:
@@ -252,8 +211,8 @@ async def measure(url: str, points: Sequence[Point], begun_s: float) -> None:
         f"{'slower':>7}"
     )
     async with client() as session:
-        for workflow in WORKFLOWS:
-            await asyncio.gather(*(execute(session, url, workflow, f"warm-up {number}") for number in range(8)))
+        for name, flow in WORKFLOWS.items():
+            await asyncio.gather(*(execute(session, url, name, flow, f"warm-up {number}") for number in range(8)))
         quickest = probe_s()
         for seed in SEEDS:
             for point in points:
@@ -280,56 +239,21 @@ async def one_round(
     session: aiohttp.ClientSession, url: str, point: Point, seed: int
 ) -> tuple[tuple[float, ...], float]:
     """Latencies of the executions that count, and how many were finished per second."""
-    finished: list[tuple[float, float]] = []
-    begun_s = time.perf_counter()
 
     async def one(number: int) -> None:
-        sent_s = time.perf_counter() - begun_s
-        await execute(session, url, point.workflow, f"{point.load} {seed} {number}")
-        finished.append((sent_s, time.perf_counter() - begun_s))
-
-    async def again_and_again(first: int) -> None:
-        for number in range(first, sys.maxsize, SATURATED):
-            await one(number)
+        name = f"{point.load} {seed} {number}"
+        await execute(session, url, point.workflow, WORKFLOWS[point.workflow], name)
 
     if point.load is None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(SATURATION_S):
-                await asyncio.gather(*(again_and_again(number) for number in range(SATURATED)))
+        finished = await saturate(one, at_once=SATURATED, seconds=SATURATION_S)
         # Nothing of it may be left when the next round begins.
         await asyncio.sleep(TAIL_S)
-        counted = [done_s for _, done_s in finished if done_s > 2 * LEAD_S]
+        counted = [each for each in finished if each.done_s > 2 * LEAD_S]
         return (), len(counted) / (SATURATION_S - 2 * LEAD_S)
-    # As many as the rate says, at times drawn evenly: Poisson arrivals whose number is known.
-    rng = random.Random(f"{point.workflow} {point.load} {seed}")
-    arrivals_s = sorted(rng.uniform(0, ROUND_S) for _ in range(round(point.rate_rps * ROUND_S)))
-    async with asyncio.TaskGroup() as group:
-        for number, at_s in enumerate(arrivals_s):
-            await asyncio.sleep(max(0.0, begun_s + at_s - time.perf_counter()))
-            group.create_task(one(number))
-    counted = [(sent_s, done_s) for sent_s, done_s in finished if LEAD_S < sent_s < ROUND_S - TAIL_S]
-    return tuple(done_s - sent_s for sent_s, done_s in counted), len(finished) / ROUND_S
-
-
-async def execute(session: aiohttp.ClientSession, url: str, workflow: str, name: str) -> None:
-    """One execution; the same name asks for the same. Raises RuntimeError where an answer is not what was asked for."""
-    rng = random.Random(f"{workflow} {name}")
-    headers = {WORKFLOW_HEADER: workflow, EXECUTION_HEADER: f"{workflow} {name}"}
-
-    async def call(llm: str, prompt_tokens: int, output_tokens: int) -> None:
-        body = {"model": llm, "prompt": rng.choices(TOKENS, k=prompt_tokens), "max_tokens": output_tokens}
-        body |= {"min_tokens": output_tokens, "ignore_eos": True, "temperature": 0}
-        async with session.post(f"{url}/completions", json=body, headers=headers) as response:
-            answer = await response.json()
-        if response.status != 200 or answer["usage"]["completion_tokens"] != output_tokens:
-            raise RuntimeError(f"{llm} answered {response.status}: {str(answer)[:300]}")
-
-    await WORKFLOWS[workflow](call, rng)
-
-
-def client() -> aiohttp.ClientSession:
-    """Without a limit on connections: nothing waits here."""
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=300))
+    drawn = f"{point.workflow} {point.load} {seed}"
+    finished = await poisson(one, rate_rps=point.rate_rps, seconds=ROUND_S, seed=drawn)
+    counted = [each for each in finished if LEAD_S < each.sent_s < ROUND_S - TAIL_S]
+    return tuple(each.latency_s for each in counted), len(finished) / ROUND_S
 
 
 def show(point: Point, found: Round) -> None:

@@ -190,12 +190,13 @@ class Engine:
             pairs += chunk * (2 * sequence.context + chunk)
         bandwidth = 0.0 if self._is_whole or not decoding else self._clock.bandwidth_share(len(decoding), context)
         contention = max(1.0, bandwidth + others_bandwidth)
+        prefilled = tuple(sequence for sequence, chunk in chunks if sequence.prompt_left == chunk)
         return Stretch(
             steps=steps,
-            step_s=self._clock.step_s(len(decoding), context, tokens, pairs, contention),
+            step_s=self._clock.step_s(len(decoding), context, tokens, pairs, contention, len(prefilled)),
             decoding=tuple(decoding),
             chunks=tuple(chunks),
-            prefilled=tuple(sequence for sequence, chunk in chunks if sequence.prompt_left == chunk),
+            prefilled=prefilled,
             bandwidth=bandwidth,
         )
 

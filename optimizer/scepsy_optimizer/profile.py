@@ -104,7 +104,8 @@ class LLMProfile:
 
     `llm` is the served model name that calls name, `model` what vLLM loads (a Hugging Face id or a directory).
     `host_s` is the engine's own time per step, added to every step time of the tables; `request_s` the time of a call
-    outside the engine's steps (HTTP, tokenising), which occupies nothing that other calls wait for.
+    outside the engine's steps (HTTP, tokenising). That occupies nothing that other calls wait for, unless
+    `request_occupies`: server and engine share a core, and each new prompt keeps the engine from stepping so long.
     """
 
     llm: str
@@ -116,10 +117,21 @@ class LLMProfile:
     slowdown: FractionSlowdown = FractionSlowdown()
     host_s: float = 0.0
     request_s: float = 0.0
+    request_occupies: bool = False
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
     max_model_len: int = 32768
     gpu_memory_utilization: float = 0.92
+
+    @property
+    def outside_s(self) -> float:
+        """Time of a call that delays nobody else."""
+        return 0.0 if self.request_occupies else self.request_s
+
+    @property
+    def prompt_s(self) -> float:
+        """Time that a new prompt occupies the engine besides its tokens."""
+        return self.request_s if self.request_occupies else 0.0
 
     def at(self, tensor_parallel_size: int) -> StepTimes:
         """The tables at that tensor parallelism. Raises ScepsyError if it was not profiled."""
@@ -172,10 +184,20 @@ class StepClock:
     segment, below the first one they stay. A step that decodes and prefills reads the weights once, so the smaller of
     the two phases' floors is counted once. Attention makes prefill grow with the square of a prompt, the rest with the
     tokens of the step: `attention_s` is the part per pair of tokens, so that several short prompts in one step cost
-    less than one long prompt, and a later chunk of a long prompt more than its first.
+    less than one long prompt, and a later chunk of a long prompt more than its first. `prompt_s` is what each prompt
+    costs whatever its length.
     """
 
-    __slots__ = ("_bandwidth", "_fraction", "_overlap_s", "_prefill_factor", "_profile", "_steps", "attention_s")
+    __slots__ = (
+        "_bandwidth",
+        "_fraction",
+        "_overlap_s",
+        "_prefill_factor",
+        "_profile",
+        "_steps",
+        "attention_s",
+        "prompt_s",
+    )
 
     def __init__(self, profile: LLMProfile, tensor_parallel_size: int, fraction: float) -> None:
         self._profile = profile
@@ -187,6 +209,7 @@ class StepClock:
             self._steps.decode_s[0][0] * profile.slowdown.decode(fraction, 1),
         )
         self.attention_s = _attention_s(self._steps) * self._prefill_factor
+        self.prompt_s = profile.prompt_s * self._prefill_factor
         self._bandwidth = _bandwidth(self._steps)
 
     @property
@@ -234,10 +257,12 @@ class StepClock:
         prefill_tokens: int,
         pairs: float | None = None,
         contention: float = 1.0,
+        prompts: int = 0,
     ) -> float:
         """Time of one engine step: `decoding` sequences at their mean context plus chunks of new prompt tokens.
 
-        `pairs` is as in `prefill_s`, `contention` a factor on decoding where replicas share a device's bandwidth.
+        `pairs` is as in `prefill_s`, `contention` a factor on decoding where replicas share a device's bandwidth, and
+        `prompts` the number of prompts whose last chunk this is.
         """
         if decoding and prefill_tokens:
             decode_s = self.decode_s(decoding, context_tokens) * contention
@@ -246,7 +271,7 @@ class StepClock:
             work = self.decode_s(decoding, context_tokens) * contention
         else:
             work = self.prefill_s(prefill_tokens, pairs)
-        return self._profile.host_s + work
+        return self._profile.host_s + prompts * self.prompt_s + work
 
     def bandwidth_share(self, decoding: float, context_tokens: float) -> float:
         """The part of a device's memory bandwidth that such decode steps take, one after another and undisturbed.

@@ -145,7 +145,7 @@ def _replicas_of(plan: Plan, profiles: Profiles) -> tuple[dict[str, list[Replica
         if part.llm not in profiles:
             raise ScepsyError(f"replay: no profile for {part.llm!r}")
         profile = find_profile(profiles_of(profiles, part.llm), part.device_type or plan.cluster.device_type)
-        outside_s[part.llm] = profile.request_s
+        outside_s[part.llm] = profile.outside_s
         replicas = found.setdefault(part.llm, [])
         for slot in part.slots:
             engine = Engine(profile, tensor_parallel_size=part.tensor_parallel_size, fraction=part.fraction)

@@ -248,8 +248,9 @@ class _Steps:
         slope = (times[1] - times[0]) / (grid[1] - grid[0]) if len(grid) > 1 else 0.0
         self._grid = np.concatenate([[0.0], grid])
         self._times = np.concatenate([[max(0.0, times[0] - slope * grid[0])], times])
-        # What attention computes for the mean prompt, beyond what the table has for one of as many computed tokens.
-        self.attention_s = self.clock.attention_s * shape.pairs
+        # What the mean prompt costs beyond what the table has for one of as many computed tokens: its attention, and
+        # what each costs anyway.
+        self.each_s = self.clock.attention_s * shape.pairs + self.clock.prompt_s
         steps = profile.at(tensor_parallel_size)
         self._tokens = np.array(steps.prefill_tokens, dtype=float)
         self._flat = self.clock.prefill_times_s(self._tokens) - self.clock.attention_s * self._tokens**2
@@ -265,7 +266,7 @@ class _Steps:
         """Time of prefilling that many mean prompts in one step, without the host's part."""
         tokens = prompts * self.shape.computed_tokens
         flat = np.interp(tokens, self._tokens, self._flat) + self._slope * np.maximum(0.0, tokens - self._tokens[-1])
-        together: Array = flat + prompts * self.attention_s
+        together: Array = flat + prompts * self.each_s
         return together
 
     def prompts_s(self, prompts: Array, burst: Array, *, is_decoding: bool) -> Array:
@@ -338,7 +339,7 @@ def _solve(
     own_s = profile.host_s + replica.together_s(together) + decoding_s
     places_s = _place_wait_s(replica, rates, own, own - 1 + 1 / sharing, limit, contention)
     queue_s = _budget_wait_s(replica, rates, step_s) + places_s
-    first_s = profile.request_s + found_s / 2 + own_s + queue_s
+    first_s = profile.outside_s + found_s / 2 + own_s + queue_s
     slope_s = (replica.together_s(together + span) - replica.together_s(together)) / (span * prompt)
     return first_s - slope_s * prompt - output_s, slope_s, output_s
 

@@ -50,7 +50,7 @@ def replay_time_shared(
         }
         shared = Turns(tuple(engines.values()), turn_s=turn_s, switch_s=switch_s)
         replicas.append(Replica(stepper=shared, queues=engines, weight=1.0, number=number))
-    outside_s = {llm: profile.request_s for llm, profile in profiles.items()}
+    outside_s = {llm: profile.outside_s for llm, profile in profiles.items()}
     return replay_on(dict.fromkeys(profiles, replicas), outside_s, timelines, arrivals_s)
 
 

@@ -104,3 +104,15 @@ def test_stretches_take_the_time_of_their_steps(make_profile, requests, seqs):
         done |= dict.fromkeys(engines[1].complete(stretch, stretch.steps), now)
     assert done.keys() == single.keys()
     assert all(done[request] == pytest.approx(single[request], rel=1e-3) for request in done)
+
+
+def test_a_server_on_the_engines_core_takes_its_time(make_profile):
+    def both_s(**changes):
+        engine = Engine(make_profile("m", **changes), tensor_parallel_size=1, fraction=1.0)
+        engine.submit("a", prompt_tokens=100, output_tokens=2)
+        engine.submit("b", prompt_tokens=100, output_tokens=2)
+        return drain(engine)[0]["b"]
+
+    alone_s = both_s()
+    assert both_s(request_s=0.05) == pytest.approx(alone_s)
+    assert both_s(request_s=0.05, request_occupies=True) == pytest.approx(alone_s + 0.1)

@@ -73,6 +73,24 @@ def test_the_engine_saturates_where_the_closed_form_says(make_profile):
     assert 2000 / now == pytest.approx(saturation_rps(profile, 1, 1.0, SHAPE), rel=0.1)
 
 
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_what_occupies_the_engine_is_added_to_the_demand_of_each_call(make_profile, fraction):
+    roomy = {"slowdown": PROPORTIONAL, "max_num_seqs": 64, "request_s": 0.02}
+    free = make_profile("m", **roomy)
+    occupied = make_profile("m", **roomy, request_occupies=True)
+    demand_s = [1 / saturation_rps(profile, 1, fraction, SHAPE) for profile in (free, occupied)]
+    assert demand_s[1] - demand_s[0] == pytest.approx(0.02 / fraction)
+    # An idle one cannot tell who was waited for.
+    light = [call_s(profile, 1e-6, fraction=fraction) for profile in (free, occupied)]
+    assert light[1] - light[0] == pytest.approx(0.02 / fraction - 0.02, abs=1e-4)
+
+
+def test_the_closed_form_follows_the_engine_whose_core_the_server_shares(make_profile):
+    profile = make_profile("m", request_s=0.02, request_occupies=True)
+    rate = 0.7 * saturation_rps(profile, 1, 1.0, SHAPE)
+    assert call_s(profile, rate) == pytest.approx(simulate(profile, rate), rel=0.15)
+
+
 def test_fractions_never_carry_more_than_their_part(make_profile):
     profile = make_profile("m", weights_gib=2.0)
     whole = saturation_rps(profile, 1, 1.0, SHAPE)

@@ -91,7 +91,7 @@ class EmulatedServer:
         body = await self._body(request)
         arrived_s = asyncio.get_running_loop().time()
         prompts = parse_embeddings(body, self._profile.max_model_len)
-        await asyncio.sleep(self._profile.request_s)
+        await asyncio.sleep(self._profile.outside_s)
         generations = self._submit(prompts, arrived_s)
         await self._wait(generations, ["stop"] * len(generations))
         data = []
@@ -139,7 +139,7 @@ class EmulatedServer:
             answers.append(words(random, length))
         prompts = tuple(prompt for prompt in asked.prompts for _ in range(asked.choices))
         lengths = tuple(len(answer) for answer in answers)
-        await asyncio.sleep(self._profile.request_s)
+        await asyncio.sleep(self._profile.outside_s)
         generations = self._submit(prompts, arrived_s, lengths, streamed=asked.stream)
         reasons = ["length" if length == asked.max_tokens else "stop" for length in lengths]
         head = {

@@ -198,6 +198,8 @@ def _profile(
         # The engine's own time is inside every measured step.
         host_s=0.0,
         request_s=round(statistics.median(point.request_s for point in prefill), 5),
+        # The server's processes have no cores of their own there.
+        request_occupies=subject.device_type == "CPU",
         max_num_seqs=flags.max_num_seqs,
         max_num_batched_tokens=flags.max_num_batched_tokens,
         max_model_len=facts.max_model_len,

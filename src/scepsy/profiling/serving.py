@@ -89,8 +89,8 @@ def _closed_loop(profile: LLMProfile, size: int, load: Load, fraction: float) ->
     room = min(float(profile.max_num_seqs), profile.kv_tokens(size, fraction) / context)
     if room < 1:
         return Response(first_token_s=float("inf"), per_token_s=float("inf"))
-    alone_s = clock.prefill_s(load.computed_tokens)
-    fixed_s = profile.request_s + clock.host_s + alone_s
+    alone_s = clock.prefill_s(load.computed_tokens) + clock.prompt_s
+    fixed_s = profile.outside_s + clock.host_s + alone_s
     if tokens == 0:
         return Response(first_token_s=max(fixed_s, clients * (alone_s + clock.host_s)), per_token_s=0.0)
     work_s = max(0.0, alone_s - clock.overlap_s)
