@@ -11,7 +11,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -99,10 +99,18 @@ async def trace(flows: Mapping[str, Flow], llms: tuple[str, ...], count: int, fo
     return {name: aggregate([one for one in executions if one.workflow == name]) for name in flows}
 
 
-def profile(llm: str, model: Path, traces: Path, target: Path) -> LLMProfile:
+def profile(
+    llm: str,
+    model: Path,
+    traces: Path,
+    target: Path,
+    device_type: str = "CPU",
+    engine: str = "vllm-cpu",
+    command: Sequence[str] = COMMAND,
+) -> LLMProfile:
     """What `scepsy profile` measures, called as a user calls it."""
-    words = [sys.executable, "-m", "scepsy", "profile", str(model), "--llm", llm, "--device-type", "CPU"]
-    words += ["--engine", "vllm-cpu", "--command", " ".join(COMMAND), "--traces", str(traces)]
+    words = [sys.executable, "-m", "scepsy", "profile", str(model), "--llm", llm, "--device-type", device_type]
+    words += ["--engine", engine, "--command", " ".join(command), "--traces", str(traces)]
     words += [*PROFILE_OPTIONS, "-o", str(target)]
     subprocess.run(words, check=True, stdout=sys.stderr)
     return load_profile(target)
