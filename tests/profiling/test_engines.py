@@ -67,7 +67,7 @@ def test_profiles_every_size_and_fraction(profiled):
     ]
     assert profile.provenance.enforcement == "emulated"
     assert profile.provenance.hardware == "emulated"
-    assert profile.provenance.note.count("calibrated by 9 measured points") == 2
+    assert profile.provenance.note.count("calibrated by 10 measured points") == 2
     assert profile.provenance.note.count("left out") == 2
     assert any("requests/s" in event.text for event in events)
     assert events[-1].done == events[-1].points

@@ -145,7 +145,7 @@ def test_loads_correct_a_profile_that_is_wrong(truth, endpoint, tmp_path):
     found = correct(slow, endpoint, lengths=lengths, requests_per_load=5, journal=journal)
     wrong, right, true = (StepClock(profile, 1, 1.0).step_s(1, 100, 0) for profile in (slow, found, truth))
     assert abs(right - true) < abs(wrong - true) / 2
-    assert "calibrated by 9 measured points" in found.provenance.note
+    assert "calibrated by 10 measured points" in found.provenance.note
     assert len(journal.read_text().splitlines()) == 1 + 10
 
 

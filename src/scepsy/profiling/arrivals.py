@@ -1,8 +1,8 @@
 """Loads of given lengths on a running engine, from light to full: what its profile must predict.
 
 Steps are measured one kind at a time (probing.py); here they mix as they do in service, with lengths as they were
-traced: Poisson arrivals at several rates, which calibrate the profile and, left out in turn, tell its error; and more
-clients than the engine takes at once, whose throughput is what its predicted saturation is compared with.
+traced: Poisson arrivals at several rates, and more clients than the engine takes at once. They calibrate the profile
+and, left out in turn, tell its error; the throughput of the last is what its predicted saturation is compared with.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from math import ceil
 from typing import TypeVar
 
@@ -22,6 +23,7 @@ from scepsy.profiling.endpoint import Endpoint, Timing
 from scepsy.profiling.journal import Journal
 from scepsy.profiling.probing import kept
 from scepsy.profiling.progress import Work
+from scepsy.profiling.sent import Lengths, Sent
 from scepsy.profiling.serving import Load, Response, predict_response
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.executions import Execution
@@ -38,15 +40,6 @@ _CROWD = 2
 _WAVES = 4
 # Guessed before the profile is known, only for the time that is left.
 _GUESSED_CALL_S = 0.2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lengths:
-    """Tokens of one call; `input_tokens` includes `cached_tokens`, which the prefix cache held."""
-
-    input_tokens: int
-    output_tokens: int
-    cached_tokens: int = 0
 
 
 def traced_lengths(executions: Iterable[Execution], llm: str) -> tuple[Lengths, ...]:
@@ -90,7 +83,7 @@ class LoadPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """Poisson loads, and the calls per second of a full engine whose calls are of `full_shape`."""
+    """Poisson loads and a full engine, which is the last point; its calls are of `full_shape`, `full_rps` of them."""
 
     points: tuple[ServingPoint, ...]
     full_shape: CallShape
@@ -127,9 +120,10 @@ async def measure_loads(
         for utilisation in plan.utilisations:
             measure = partial(_poisson, endpoint, profile, size, lengths, utilisation, plan.requests)
             found, took_s = await kept(journal, f"load {index} {utilisation}", measure)
-            load = _load(found)
+            load = _load(found, rate_rps=found["rate_rps"])
+            sent = _arrivals(lengths, utilisation, found["rate_rps"], int(found["edge"]), plan.requests)
             measured = Response(first_token_s=found["first_token_s"], per_token_s=found["per_token_s"])
-            points.append(ServingPoint(tensor_parallel_size=size, load=load, measured=measured))
+            points.append(ServingPoint(tensor_parallel_size=size, load=load, measured=measured, sent=sent))
             text = (
                 f"{load.rate_rps:.3g} requests/s of {load.input_tokens:.0f} + {load.output_tokens:.0f} tokens: "
                 f"{measured.call_s(load.output_tokens):.2f} s"
@@ -137,6 +131,10 @@ async def measure_loads(
             work.finish(_key(engine, index, utilisation), text, took_s=took_s)
     measure = partial(_full, endpoint, profile, size, plan.shapes[0], plan.requests)
     found, took_s = await kept(journal, "load full", measure)
+    sent = _crowd(plan.shapes[0], int(found["clients"]), plan.requests)
+    load = _load(found, concurrency=sent.clients)
+    measured = Response(first_token_s=found["first_token_s"], per_token_s=found["per_token_s"])
+    points.append(ServingPoint(tensor_parallel_size=size, load=load, measured=measured, sent=sent))
     work.finish(_key(engine, "full"), f"full: {found['rate_rps']:.3g} requests/s", took_s=took_s)
     return Measured(points=tuple(points), full_shape=_shape(found), full_rps=found["rate_rps"])
 
@@ -154,12 +152,13 @@ def _shape(means: Mapping[str, float]) -> CallShape:
     )
 
 
-def _load(means: Mapping[str, float]) -> Load:
+def _load(means: Mapping[str, float], *, rate_rps: float | None = None, concurrency: int | None = None) -> Load:
     return Load(
         input_tokens=means["input_tokens"],
         cached_tokens=means["cached_tokens"],
         output_tokens=means["output_tokens"],
-        rate_rps=means["rate_rps"],
+        rate_rps=rate_rps,
+        concurrency=concurrency,
     )
 
 
@@ -170,17 +169,23 @@ async def _poisson(
     rate = utilisation * saturation_rps(profile, size, 1.0, shape)
     if rate <= 0:
         raise ScepsyError(f"{profile.llm!r} has no room for a call of {shape.input_tokens:.0f} prompt tokens")
-    guess = predict_response(profile, size, _load(_mean_lengths(lengths) | {"rate_rps": rate}))
+    guess = predict_response(profile, size, _load(_mean_lengths(lengths), rate_rps=rate))
     # So many more before and after, not counted: first the engine fills up, and at the end it runs empty.
     edge = ceil(rate * guess.call_s(shape.output_tokens))
-    sent = count + 2 * edge
-    rng = random.Random(f"{utilisation} {shape}")  # noqa: S311 - a reproducible load, not a secret
-    chosen = [rng.choice(lengths) for _ in range(sent)]
-    drawn = [rng.expovariate(1.0) for _ in range(sent)]
+    sent = _arrivals(lengths, utilisation, rate, edge, count)
+    timings = await _send(endpoint, sent)
+    return _means(sent.lengths[sent.counted], timings[sent.counted]) | {"rate_rps": rate, "edge": edge}
+
+
+def _arrivals(lengths: Sequence[Lengths], utilisation: float, rate_rps: float, edge: int, count: int) -> Sent:
+    """Poisson arrivals, always the same for the same arguments."""
+    total = count + 2 * edge
+    rng = random.Random(f"{utilisation} {_shape(_mean_lengths(lengths))}")  # noqa: S311 - a reproducible load, not a secret
+    chosen = tuple(rng.choice(lengths) for _ in range(total))
+    drawn = [rng.expovariate(1.0) for _ in range(total)]
     # A few gaps drawn at random are of another rate than was asked for: they are stretched to it.
-    gaps = [gap * sent / sum(drawn) / rate for gap in drawn]
-    timings = await _send(endpoint, chosen, gaps)
-    return _means(chosen[edge : edge + count], timings[edge : edge + count]) | {"rate_rps": rate}
+    stretch = total / sum(drawn) / rate_rps
+    return Sent(lengths=chosen, edge=edge, at_s=tuple(accumulate(gap * stretch for gap in drawn)))
 
 
 async def _full(
@@ -188,20 +193,26 @@ async def _full(
 ) -> dict[str, float]:
     """Clients who ask again at once, and more of them than the engine takes."""
     clients = _CROWD * max(1, int(max_batch(profile, size, 1.0, _shape(_mean_lengths(lengths)))))
-    rng = random.Random(f"full {clients}")  # noqa: S311 - as above
-    chosen = [rng.choice(lengths) for _ in range(max(count, _WAVES * clients))]
-    timings: list[Timing | None] = [None] * len(chosen)
-    numbers = iter(range(len(chosen)))
+    sent = _crowd(lengths, clients, count)
+    found: dict[int, Timing] = {}
+    numbers = iter(range(len(sent.lengths)))
 
     async def one() -> None:
         for number in numbers:
-            timings[number] = await _complete(endpoint, chosen[number])
+            found[number] = await _complete(endpoint, sent.lengths[number])
 
     await _all([asyncio.create_task(one()) for _ in range(clients)])
+    timings = [found[number] for number in range(len(sent.lengths))][sent.counted]
     # By Little's law, over those that were sent and answered while all clients asked.
-    steady = slice(clients, len(chosen) - clients)
-    call_s = statistics.mean(timing.call_s for timing in timings[steady] if timing)
-    return _mean_lengths(chosen[steady]) | {"rate_rps": clients / call_s}
+    call_s = statistics.mean(timing.call_s for timing in timings)
+    return _means(sent.lengths[sent.counted], timings) | {"rate_rps": clients / call_s, "clients": clients}
+
+
+def _crowd(lengths: Sequence[Lengths], clients: int, count: int) -> Sent:
+    """Requests of clients who ask again at once, always the same for the same arguments."""
+    rng = random.Random(f"full {clients}")  # noqa: S311 - as above
+    chosen = tuple(rng.choice(lengths) for _ in range(max(count, _WAVES * clients)))
+    return Sent(lengths=chosen, edge=clients, clients=clients)
 
 
 def _mean_lengths(chosen: Sequence[Lengths]) -> dict[str, float]:
@@ -225,13 +236,11 @@ def _complete(endpoint: Endpoint, one: Lengths) -> Coroutine[None, None, Timing]
     return endpoint.complete(one.input_tokens, one.output_tokens, shared_tokens=one.cached_tokens)
 
 
-async def _send(endpoint: Endpoint, chosen: Sequence[Lengths], gaps: Sequence[float]) -> list[Timing]:
+async def _send(endpoint: Endpoint, sent: Sent) -> list[Timing]:
     begin_s = time.perf_counter()
-    at_s = 0.0
     tasks: list[asyncio.Task[Timing]] = []
     try:
-        for one, gap_s in zip(chosen, gaps, strict=True):
-            at_s += gap_s
+        for one, at_s in zip(sent.lengths, sent.at_s, strict=True):
             await asyncio.sleep(max(0.0, begin_s + at_s - time.perf_counter()))
             tasks.append(asyncio.create_task(_complete(endpoint, one)))
     except asyncio.CancelledError:

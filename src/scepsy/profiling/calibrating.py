@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from scepsy.profiling.sent import Sent, emulate
 from scepsy.profiling.serving import Load, Response, predict_response
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.profile import LLMProfile, StepTimes
@@ -32,16 +33,17 @@ _ITERATIONS = 12
 _HALVINGS = 8
 # A step so much smaller than the priors changes nothing that could be seen.
 _CLOSE_ENOUGH = 0.01
-_DIFFERENCE = np.array([0.01, 0.01, 1e-5, 1e-4])
+_DIFFERENCE = np.array([0.01, 0.01, 1e-4, 1e-3])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingPoint:
-    """One measured load of one replica on whole devices."""
+    """One measured load of one replica on whole devices; `sent` are its requests one by one, where they are known."""
 
     tensor_parallel_size: int
     load: Load
     measured: Response
+    sent: Sent | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +186,10 @@ def _errors(profile: LLMProfile, points: Sequence[ServingPoint], theta: Array) -
     changed = corrected(profile, _correction(profile, theta), len(points))
     found = []
     for point in points:
-        predicted = predict_response(changed, point.tensor_parallel_size, point.load)
+        if point.sent is not None:
+            predicted = emulate(changed, point.tensor_parallel_size, point.sent)
+        else:
+            predicted = predict_response(changed, point.tensor_parallel_size, point.load)
         if not np.isfinite(predicted.first_token_s):
             found += [_SATURATED, _SATURATED]
             continue

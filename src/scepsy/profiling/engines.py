@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from scepsy.deployment import machine
-from scepsy.profiling.arrivals import Lengths
 from scepsy.profiling.checkpoint import find_checkpoint
 from scepsy.profiling.endpoint import open_endpoint
 from scepsy.profiling.journal import Journal
 from scepsy.profiling.measuring import EngineFlags, Subject, check_device, load_plan, measure_engine, today
 from scepsy.profiling.probing import DecodePoint, Grid, PrefillPoint, probe, probe_grid
 from scepsy.profiling.progress import Progress, Work
+from scepsy.profiling.sent import Lengths
 from scepsy.profiling.shape import shape_of
 from scepsy_optimizer.cluster import parse_cluster
 from scepsy_optimizer.errors import ScepsyError

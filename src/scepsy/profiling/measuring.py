@@ -10,12 +10,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-from scepsy.profiling.arrivals import (
-    Lengths,
-    LoadPlan,
-    measure_loads,
-    three_shapes,
-)
+from scepsy.profiling.arrivals import LoadPlan, measure_loads, three_shapes
 from scepsy.profiling.calibrating import calibrate_and_check
 from scepsy.profiling.checkpoint import find_checkpoint
 from scepsy.profiling.endpoint import Endpoint, EngineFacts, open_endpoint
@@ -24,6 +19,7 @@ from scepsy.profiling.journal import Journal
 from scepsy.profiling.memory import kv_bytes_per_token, overhead_gib, weights_gib
 from scepsy.profiling.probing import DecodePoint, PrefillPoint, probe, probe_grid
 from scepsy.profiling.progress import Progress, Work
+from scepsy.profiling.sent import Lengths
 from scepsy.profiling.shape import shape_of
 from scepsy_optimizer.cluster import DEVICE_MEMORY_GIB
 from scepsy_optimizer.errors import ScepsyError
