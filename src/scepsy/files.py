@@ -56,6 +56,11 @@ def save_plan(plan: Plan, path: str | Path) -> None:
     _save(Path(path), PLAN_FORMAT, TypeAdapter(Plan), plan)
 
 
+def plan_text(plan: Plan) -> str:
+    """What a plan file of it says."""
+    return _text(PLAN_FORMAT, TypeAdapter(Plan), plan)
+
+
 def load_requirements(path: str | Path) -> Requirements:
     """Read a file of requirements on a plan. Raises ScepsyError."""
     return _load(Path(path), REQUIREMENTS_FORMAT, TypeAdapter(Requirements))
@@ -75,13 +80,17 @@ _CompactDumper.add_representer(tuple, _represent_sequence)
 
 
 def _save(path: Path, form: str, adapter: TypeAdapter[T], value: T) -> None:
-    content = {"format": form, **adapter.dump_python(value, mode="json")}
-    text = yaml.dump(content, Dumper=_CompactDumper, sort_keys=False, width=120, allow_unicode=True)
+    text = _text(form, adapter, value)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ScepsyError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _text(form: str, adapter: TypeAdapter[T], value: T) -> str:
+    content = {"format": form, **adapter.dump_python(value, mode="json")}
+    return yaml.dump(content, Dumper=_CompactDumper, sort_keys=False, width=120, allow_unicode=True)
 
 
 def _load(path: Path, form: str, adapter: TypeAdapter[T]) -> T:

@@ -1,3 +1,4 @@
+import json
 import os
 import sys
 import time
@@ -6,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from scepsy.deployment import deploy
 from scepsy_optimizer.cluster import parse_cluster
 from scepsy_optimizer.plan import LLMPlan, Plan, Slot
 from scepsy_optimizer.profile import LLMProfile, Provenance, StepTimes
@@ -121,3 +123,22 @@ def home(tmp_path, monkeypatch, process_table):
     monkeypatch.setenv("TMPDIR", str(scratch))
     yield tmp_path / "home"
     assert list(scratch.iterdir()) == []
+
+
+@pytest.fixture
+def stub(home, make_plan, make_part, stub_command, monkeypatch, tmp_path):
+    """Deploy stub engines on two cores; `behave` says how they behave at their next start."""
+    behaviour = tmp_path / "behaviour"
+    behaviour.write_text("")
+    seen = tmp_path / "seen"
+    seen.mkdir()
+    monkeypatch.setenv("STUB_BEHAVIOUR", str(behaviour))
+    monkeypatch.setenv("STUB_SEEN", str(seen))
+    plan = make_plan(make_part("a", 0), make_part("b", 1))
+
+    def start(**options):
+        return deploy(**{"plan": plan, "engine": "vllm-cpu", "command": stub_command, **options})
+
+    start.behave = behaviour.write_text
+    start.seen = lambda: [json.loads(path.read_text()) for path in sorted(seen.iterdir())]
+    return start

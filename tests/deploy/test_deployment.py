@@ -18,25 +18,6 @@ HELLO = [{"role": "user", "content": "hello there"}]
 
 
 @pytest.fixture
-def stub(home, make_plan, make_part, stub_command, monkeypatch, tmp_path):
-    """Deploy stub engines on two cores; `behave` says how they behave at their next start."""
-    behaviour = tmp_path / "behaviour"
-    behaviour.write_text("")
-    seen = tmp_path / "seen"
-    seen.mkdir()
-    monkeypatch.setenv("STUB_BEHAVIOUR", str(behaviour))
-    monkeypatch.setenv("STUB_SEEN", str(seen))
-    plan = make_plan(make_part("a", 0), make_part("b", 1))
-
-    def start(**options):
-        return deploy(**{"plan": plan, "engine": "vllm-cpu", "command": stub_command, **options})
-
-    start.behave = behaviour.write_text
-    start.seen = lambda: [json.loads(path.read_text()) for path in sorted(seen.iterdir())]
-    return start
-
-
-@pytest.fixture
 def plan_of_one(make_plan, make_part):
     return make_plan(make_part("a", 0), cluster="1xCPU")
 

@@ -4,7 +4,7 @@ import os
 import pytest
 
 from scepsy.deployment import vllm_cpu_specs
-from scepsy.deployment.controller import _Turns
+from scepsy.deployment.fleet import Turns
 from scepsy.deployment.state import Order
 
 
@@ -28,17 +28,17 @@ def many_cores(monkeypatch):
 
 async def together(order):
     """Let all replicas start; returns the pairs that did so at the same time."""
-    turns = _Turns(order)
+    turns = Turns(order.engine)
     starting, overlaps = set(), set()
 
-    async def start(spec_id):
-        async with turns.of(spec_id)():
-            overlaps.update(frozenset((spec_id, other)) for other in starting)
-            starting.add(spec_id)
+    async def start(spec):
+        async with turns.of(spec)():
+            overlaps.update(frozenset((spec.id, other)) for other in starting)
+            starting.add(spec.id)
             await asyncio.sleep(0.005)
-            starting.remove(spec_id)
+            starting.remove(spec.id)
 
-    await asyncio.gather(*(start(spec.id) for spec in order.specs))
+    await asyncio.gather(*(start(spec) for spec in order.specs))
     return {tuple(sorted(pair)) for pair in overlaps}
 
 

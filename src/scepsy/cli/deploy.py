@@ -9,6 +9,7 @@ from types import FrameType
 
 from rich.console import Console
 
+from scepsy.cli import kubernetes
 from scepsy.cli.options import add_engine, add_profiles, parse_command, parse_models
 from scepsy.deployment import deploy
 from scepsy.files import load_plan
@@ -24,11 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_profiles(parser)
     parser.add_argument("--record", metavar="FOLDER", help="write a trace of every call that the endpoint carries")
     parser.add_argument("--detach", action="store_true", help="return when ready; end it with scepsy stop")
+    parser.add_argument(
+        "--to", choices=("local", "kubernetes"), default="local", help="where (default: local, this machine)"
+    )
+    kubernetes.add_arguments(parser.add_argument_group("with --to kubernetes"))
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Start, wait until told to end, stop."""
     plan = load_plan(args.plan)
+    if args.to == "kubernetes":
+        return kubernetes.run(plan, args, console)
     profiles = None
     if args.engine == "emulator":
         llms = list(dict.fromkeys(part.llm for part in plan.llms))

@@ -29,11 +29,15 @@ def run(args: argparse.Namespace, console: Console) -> int:
     """Print; the exit code of `show` is 1 where the plan cannot be placed as it says."""
     if args.action == "show":
         return _show(load_plan(args.plan), console)
-    old, new = load_plan(args.old), load_plan(args.new)
+    print_difference(load_plan(args.old), load_plan(args.new), console)
+    return 0
+
+
+def print_difference(old: Plan, new: Plan, console: Console) -> None:
+    """Every step from one plan to another, how many that are, and what is predicted to come of it."""
     moves = plan_moves(old, new)
     for line in (*describe_moves(moves), *describe_totals(moves), *describe_change(old, new)):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
-    return 0
 
 
 def _show(plan: Plan, console: Console) -> int:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Final
+
+_DRAIN_POLL_S: Final = 0.02
 
 
 @dataclass(slots=True, kw_only=True)
@@ -33,7 +36,7 @@ class Pool:
     A request that finds none ready waits for at most `wait_s` seconds, at most `max_waiting` at a time.
     """
 
-    backends: Sequence[Backend]
+    backends: list[Backend]
     wait_s: float = 5.0
     max_waiting: int = 1024
     _waiting: int = 0
@@ -44,6 +47,23 @@ class Pool:
         """To be called after `ready` or `failed` of a replica has changed."""
         self._changed.set()
         self._changed = asyncio.Event()
+
+    def add(self, backend: Backend) -> None:
+        """Take one more replica in."""
+        self.backends.append(backend)
+        self.changed()
+
+    def remove(self, backend: Backend) -> None:
+        """Take a replica out; nobody must be waiting for its answer any more."""
+        self.backends.remove(backend)
+        self.changed()
+
+    async def drain(self, backend: Backend, timeout_s: float) -> bool:
+        """Wait until a replica, which must not be ready, has answered what it has; False where time ran out."""
+        deadline_s = asyncio.get_running_loop().time() + timeout_s
+        while backend.outstanding and asyncio.get_running_loop().time() < deadline_s:  # noqa: ASYNC110 - an event would cost every request
+            await asyncio.sleep(_DRAIN_POLL_S)
+        return not backend.outstanding
 
     def choose(self, but: Collection[str] = ()) -> Backend | None:
         """The ready replica, those named in `but` left out, whose outstanding requests are fewest for its weight.

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,14 +22,13 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 from aiohttp import web
 
-from scepsy.deployment import probe, processes
-from scepsy.deployment.backends import Backend, Pool
+from scepsy.deployment import change, probe, processes
+from scepsy.deployment.changing import carry_out
+from scepsy.deployment.fleet import Fleet
 from scepsy.deployment.forward import MAX_BODY_BYTES, client, server_options
 from scepsy.deployment.gateway import Gateway
 from scepsy.deployment.mps import MpsDaemon
-from scepsy.deployment.replica import Replica
 from scepsy.deployment.shimmed import StartError
-from scepsy.deployment.specs import Engine
 from scepsy.deployment.state import DETACH, Order, State, forget, read_order, write_state
 from scepsy_optimizer.errors import ScepsyError
 
@@ -52,39 +51,9 @@ class Controller:
         self._mps: MpsDaemon | None = None
         logs = directory / "logs"
         logs.mkdir(exist_ok=True)
-        self._turns = _Turns(order)
-        backends = {
-            spec.id: Backend(id=spec.id, llm=spec.llm, url=spec.url, weight=spec.weight) for spec in order.specs
-        }
-        llms = list(dict.fromkeys(spec.llm for spec in order.specs))
-        pools = {llm: Pool([backend for backend in backends.values() if backend.llm == llm]) for llm in llms}
-        self._replicas = [
-            Replica(
-                spec,
-                pools[spec.llm],
-                backends[spec.id],
-                logs=logs,
-                grace_s=order.grace_s,
-                start_timeout_s=order.start_timeout_s,
-                session=session,
-                turn=self._turns.of(spec.id),
-                on_change=self._note,
-                on_event=lambda text: report(event=text),
-            )
-            for spec in order.specs
-        ]
-        models = {
-            spec.llm: {
-                "id": spec.llm,
-                "object": "model",
-                "created": int(self._begun),
-                "owned_by": "scepsy",
-                "root": spec.model,
-                "parent": None,
-            }
-            for spec in order.specs
-        }
-        self.gateway = Gateway(pools, session, models=models, status=self.status, recorder=recorder)
+        self._changing: asyncio.Task[None] | None = None
+        self._fleet = fleet = Fleet(order, logs=logs, session=session, on_change=self._note, on_event=_say)
+        self.gateway = Gateway(fleet.pools, session, models=fleet.models, status=self.status, recorder=recorder)
 
     def status(self) -> Mapping[str, Any]:
         """What runs now, in plain values."""
@@ -95,12 +64,17 @@ class Controller:
             "pid": os.getpid(),
             "up_s": round(time.time() - self._begun, 3),
             "in_flight": self.gateway.in_flight,
-            "replicas": [replica.status() for replica in self._replicas],
+            "replicas": self._fleet.status(),
         }
 
     def end(self) -> None:
         """Make `run` stop everything and return."""
         self._told.set()
+
+    def look(self) -> None:
+        """Carry out the changes that were left in the folder, one after another."""
+        if self._ready and (self._changing is None or self._changing.done()):
+            self._changing = asyncio.create_task(self._change())
 
     async def run(self) -> None:
         """Serve until told to end. Raises ScepsyError if the start fails; nothing is then left."""
@@ -120,26 +94,42 @@ class Controller:
     async def _work(self) -> None:
         try:
             if self._order.mps_directory is not None:
-                self._mps = MpsDaemon(self._order.mps_directory, self._directory / "logs" / "mps.log")
-                await self._mps.start()
-                self._note()
-            await _together(replica.start() for replica in self._replicas)
+                await self._start_mps(self._order.mps_directory)
+            await self._fleet.start()
         except StartError as error:
             raise ScepsyError(str(error)) from None
         self._ready = True
         report(ready=self._port)
-        await _together(replica.keep() for replica in self._replicas)
+        await self._fleet.wait()
+
+    async def _start_mps(self, directory: str) -> None:
+        if self._mps is not None:
+            return
+        self._mps = MpsDaemon(directory, self._directory / "logs" / "mps.log")
+        await self._mps.start()
+        self._note()
+
+    async def _change(self) -> None:
+        while folders := change.waiting(self._directory):
+            done = await carry_out(
+                self._directory, folders[0], self._fleet, self.gateway, start_mps=self._start_mps, on_event=_say
+            )
+            self._order = done.after if done is not None else self._order
+            self._note()
 
     async def _stop(self) -> None:
+        if self._changing is not None:
+            self._changing.cancel()
+            await asyncio.gather(self._changing, return_exceptions=True)
         # First the answers, then the engines: an engine that is told ends its answers as if they were whole.
         await self.gateway.drain(self._order.drain_s if self._ready else 0.0)
-        await asyncio.gather(*(replica.stop() for replica in self._replicas))
+        await self._fleet.stop()
         if self._mps is not None:
             await self._mps.stop()
 
     def _note(self) -> None:
         """Write down which processes there are, so that whoever comes after a crash can end them."""
-        kept = [replica.kept for replica in self._replicas] + [self._mps.kept if self._mps is not None else None]
+        kept = [*self._fleet.kept, self._mps.kept if self._mps is not None else None]
         state = State(
             name=self._order.name,
             boot=processes.boot_id(),
@@ -150,38 +140,6 @@ class Controller:
             kept=tuple(one for one in kept if one is not None),
         )
         write_state(self._directory, state)
-
-
-class _Turns:
-    """Who may start when: those that share a device one after another, and only so many at once as there are cores."""
-
-    def __init__(self, order: Order) -> None:
-        self._limit = asyncio.Semaphore(_at_once(order.engine))
-        self._locks: dict[tuple[str, int], asyncio.Lock] = {}
-        self._of: dict[str, list[asyncio.Lock]] = {}
-        for spec in order.specs:
-            # Emulators share nothing: only real engines measure the memory that is free when they start.
-            places = [] if order.engine == "emulator" else sorted((spec.node, device) for device in spec.devices)
-            self._of[spec.id] = [self._locks.setdefault(place, asyncio.Lock()) for place in places]
-
-    def of(self, spec_id: str) -> Callable[[], contextlib.AbstractAsyncContextManager[None]]:
-        """What a replica holds while it starts."""
-
-        @asynccontextmanager
-        async def turn() -> AsyncIterator[None]:
-            async with AsyncExitStack() as stack:
-                for lock in self._of[spec_id]:
-                    await stack.enter_async_context(lock)
-                async with self._limit:
-                    yield
-
-        return turn
-
-
-def _at_once(engine: Engine) -> int:
-    count = len(os.sched_getaffinity(0))
-    # vLLM's start keeps several cores busy for long, an emulator's one for half a second.
-    return max(1, {"vllm": count // 4, "vllm-cpu": count // 2, "emulator": 2 * count}[engine])
 
 
 @asynccontextmanager
@@ -210,14 +168,8 @@ def _cannot_bind(error: OSError, order: Order) -> str:
     return f"port {order.port} on {order.host} is in use{by}; end that, or give another port (--port)"
 
 
-async def _together(work: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Run all at once; if one fails, the others are cancelled and its error is raised."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            for one in work:
-                group.create_task(one)
-    except ExceptionGroup as errors:
-        raise errors.exceptions[0] from None
+def _say(text: str) -> None:
+    report(event=text)
 
 
 def report(**fields: object) -> None:
@@ -263,6 +215,7 @@ async def _main(directory: Path) -> None:
         controller = Controller(directory, order, session, recorder)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(number, controller.end)
+        loop.add_signal_handler(signal.SIGUSR1, controller.look)
         watch = asyncio.create_task(_watch_starter(controller))
         try:
             await controller.run()

@@ -59,6 +59,14 @@ class Gateway:
         """Requests that are being forwarded."""
         return len(self._in_flight)
 
+    def watch(self, backend: Backend) -> None:
+        """Count for a replica that its pool has got since this gateway was made; pools and models are shared."""
+        self._metrics.watch(backend)
+
+    def forget(self, backend: Backend) -> None:
+        """Show no more of a replica that has left its pool."""
+        self._metrics.forget(backend)
+
     async def drain(self, timeout_s: float) -> None:
         """Take no new requests, wait for those in flight, and break off those that outlast the time."""
         self._draining = True
@@ -192,17 +200,27 @@ class _Metrics:
         self._first = Histogram(
             "scepsy_gateway_first_byte_seconds", "Arrival to first byte.", ("llm",), registry=registry, buckets=_SECONDS
         )
-        outstanding = Gauge(
+        self._outstanding = Gauge(
             "scepsy_gateway_outstanding", "Requests being answered.", ("llm", "replica"), registry=registry
         )
-        ready = Gauge("scepsy_gateway_ready", "1 if the replica is ready.", ("llm", "replica"), registry=registry)
-        for pool in pools.values():
-            for backend in pool.backends:
-                _watch(outstanding, ready, backend)
+        self._ready = Gauge("scepsy_gateway_ready", "1 if the replica is ready.", ("llm", "replica"), registry=registry)
         # Children are looked up once per combination: a lookup by labels costs as much as all else here.
         self._counters: dict[tuple[str, str, int], Counter] = {}
-        self._timed = {name: self._seconds.labels(name) for name in pools}
-        self._firsts = {name: self._first.labels(name) for name in pools}
+        self._timed: dict[str, Histogram] = {}
+        self._firsts: dict[str, Histogram] = {}
+        for pool in pools.values():
+            for backend in pool.backends:
+                self.watch(backend)
+
+    def watch(self, backend: Backend) -> None:
+        self._timed[backend.llm] = self._seconds.labels(backend.llm)
+        self._firsts[backend.llm] = self._first.labels(backend.llm)
+        self._outstanding.labels(backend.llm, backend.id).set_function(lambda: backend.outstanding)
+        self._ready.labels(backend.llm, backend.id).set_function(lambda: float(backend.ready))
+
+    def forget(self, backend: Backend) -> None:
+        self._outstanding.remove(backend.llm, backend.id)
+        self._ready.remove(backend.llm, backend.id)
 
     def first_byte(self, llm: str, started_s: float) -> None:
         self._firsts[llm].observe(time.perf_counter() - started_s)
@@ -217,11 +235,6 @@ class _Metrics:
 
     def text(self) -> bytes:
         return generate_latest(self._registry)
-
-
-def _watch(outstanding: Gauge, ready: Gauge, backend: Backend) -> None:
-    outstanding.labels(backend.llm, backend.id).set_function(lambda: backend.outstanding)
-    ready.labels(backend.llm, backend.id).set_function(lambda: float(backend.ready))
 
 
 def parsed(body: bytes) -> dict[str, Any] | None:

@@ -20,7 +20,8 @@ from typing import IO, Any, Final, Self
 
 from pydantic import TypeAdapter
 
-from scepsy.deployment import processes, quota, state
+from scepsy.deployment import change, processes, quota, state
+from scepsy.deployment.apply import apply
 from scepsy.deployment.prepare import prepare
 from scepsy.deployment.processes import Identity
 from scepsy.deployment.specs import ENGINES, Engine
@@ -101,6 +102,25 @@ class Deployment:
                 raise ScepsyError(f"deployment {self.name!r} has ended; see {self.directory / 'logs'}") from error
             raise ScepsyError(f"deployment {self.name!r} does not answer at {self.url}") from error
 
+    def apply(
+        self,
+        plan: Plan,
+        *,
+        profiles: Profiles | None = None,
+        drain_s: float = 600.0,
+        on_event: Callable[[str], None] | None = None,
+    ) -> None:
+        """Change what runs to another plan: only what differs is started and stopped, and no LLM goes without a replica
+        if there is an order in which none does.
+
+        A replica that stops first answers what it has, for `drain_s` at most. Where a new one does not come up, all
+        steps are undone. `profiles` are for emulators. Raises ScepsyError where the change is impossible, failed, or
+        another one is under way; what ran before then runs.
+        """
+        if not self.status().ready:
+            raise ScepsyError(f"deployment {self.name!r} is still starting; wait until it is ready")
+        apply(self.directory, self._controller, plan, profiles or {}, drain_s, on_event or (lambda _event: None))
+
     def stop(self) -> None:
         """End the deployment and everything that it started. Stopping what has ended is no error."""
         note = state.read_state(self.directory)
@@ -153,7 +173,7 @@ def deploy(
     told = on_event or (lambda _event: None)
     directory = state.folder(name)
     with _claim(name, directory) as lock:
-        for old in ("logs", "profiles"):
+        for old in ("logs", "profiles", change.CHANGES):
             shutil.rmtree(directory / old, ignore_errors=True)
         (directory / "logs").mkdir()
         save_plan(plan, directory / "plan.yaml")
@@ -178,6 +198,9 @@ def deploy(
             drain_s=_DRAIN_S,
             mps_directory=mps,
             record=str(Path(record).resolve()) if record is not None else None,
+            command=tuple(command) if command is not None else None,
+            engine_args=tuple(engine_args),
+            seed=seed,
         )
         state.write_order(directory, order)
         told(f"starting {len(specs)} replicas of {len({spec.llm for spec in specs})} LLMs ({engine})")

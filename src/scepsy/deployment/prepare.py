@@ -27,9 +27,11 @@ def prepare(
     engine_args: Sequence[str],
     seed: int,
     on_event: Callable[[str], None],
+    mps_directory: str | None = None,
 ) -> tuple[tuple[ReplicaSpec, ...], str | None]:
     """The replicas to start, and the folder of the MPS daemon to start before them, if one is needed.
 
+    `mps_directory` is that of a daemon that is there already.
     Raises ScepsyError where this machine lacks what the plan needs.
     """
     ports = processes.free_ports(sum(part.replicas for part in plan.llms))
@@ -62,7 +64,7 @@ def prepare(
     _check_command(words)
     mps = started = None
     if fractions:
-        mps = machine.running_mps()
+        mps = mps_directory or machine.running_mps()
         if mps is None:
             machine.mps_command()
             mps = started = tempfile.mkdtemp(prefix="scepsy-mps-")

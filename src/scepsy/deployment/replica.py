@@ -18,7 +18,7 @@ from scepsy.deployment.shimmed import START_MARK, Shimmed, StartError, exit_text
 from scepsy.deployment.specs import ReplicaSpec
 from scepsy.deployment.state import Kept
 
-Phase = Literal["waiting", "starting", "ready", "restarting", "failed", "stopped"]
+Phase = Literal["waiting", "starting", "ready", "restarting", "failed", "draining", "stopped"]
 
 LAST_LINES: Final = 20
 _POLL_S: Final = (0.05, 0.5)  # between looks at a starting replica, first and longest
@@ -58,7 +58,7 @@ class Replica:
         self.phase: Phase = "waiting"
         self.restarts = 0
         self.last_error = ""
-        self._pool = pool
+        self.pool = pool
         self._log = logs / f"{spec.id}.log"
         self._grace_s = grace_s
         self._start_timeout_s = start_timeout_s
@@ -106,12 +106,13 @@ class Replica:
         self._on_event(f"{self.spec.id} ready after {time.monotonic() - begun_s:.1f} s ({self.spec.place})")
         self._set("ready")
 
-    async def keep(self) -> None:
-        """Watch it for ever; start it again when it ends."""
+    async def keep(self, broken: str = "") -> None:
+        """Watch it for ever; start it again when it ends, the first time at once where `broken` says why it has."""
         early = 0
         while True:
             ready_s = time.monotonic()
-            reason = await self._until_broken()
+            reason = broken or await self._until_broken()
+            broken = ""
             self._set("restarting")
             self.last_error = reason
             self._on_event(f"{self.spec.id} {reason}; starting it again")
@@ -133,6 +134,10 @@ class Replica:
                         self._on_event(f"{self.spec.id} given up after {early} starts; see {self._log}")
                         await asyncio.Event().wait()
 
+    def leave(self) -> None:
+        """Get no more requests; those that it has it may end."""
+        self._set("draining")
+
     async def stop(self) -> None:
         """End it and everything that it started."""
         self._set("stopped")
@@ -143,7 +148,7 @@ class Replica:
         self.backend.ready = phase == "ready"
         self.backend.failed = phase in ("failed", "stopped")
         self.backend.url = self.spec.url
-        self._pool.changed()
+        self.pool.changed()
         self._on_change()
 
     async def _launch(self) -> Shimmed:

@@ -88,7 +88,7 @@ def vllm_specs(
             env["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] = f"{100 * part.fraction:g}"
         # Rounded down: replicas that share a device must not ask for more than all of it together.
         memory = math.floor(part.gpu_memory_utilization * part.fraction * 10000) / 10000
-        argv = (*_vllm_argv(part, port, command), "--gpu-memory-utilization", f"{memory:g}", *engine_args)
+        argv = (*vllm_arguments(part, port, command=command), "--gpu-memory-utilization", f"{memory:g}", *engine_args)
         specs.append(_spec(spec_id, part, slot, port, argv, env))
     return tuple(specs)
 
@@ -121,7 +121,7 @@ def vllm_cpu_specs(
         part = plan.llms[group]
         ranks = [str(cores[offsets[slot.node] + device]) for device in slot.devices]
         env = {"VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib[group] if kv_cache_gib else 1)}
-        argv = (*_vllm_argv(part, port, command), "--enforce-eager")
+        argv = (*vllm_arguments(part, port, command=command), "--enforce-eager")
         if len(ranks) == 1:
             # One process does it all and nothing else of the replica leaves the core. Between an engine and a worker
             # apart both wait by spinning, which takes half a core of whoever has the next one.
@@ -155,14 +155,23 @@ def emulator_specs(
     return tuple(specs)
 
 
-def _vllm_argv(part: LLMPlan, port: int, command: Sequence[str]) -> tuple[str, ...]:
+def replica_ids(plan: Plan) -> Iterator[tuple[str, LLMPlan, Slot]]:
+    """Each replica of a plan with its id, its group and its slot, in the plan's order."""
+    for name, group, slot, _ in _replicas(plan, range(sum(part.replicas for part in plan.llms))):
+        yield name, plan.llms[group], slot
+
+
+def vllm_arguments(
+    part: LLMPlan, port: int, *, command: Sequence[str] = DEFAULT_COMMAND, host: str = LOOPBACK
+) -> tuple[str, ...]:
+    """How one replica of a group is started, its share of the memory apart."""
     # `vllm serve` takes the model by position, the module that it stands for by option.
     model = (part.model,) if command[-1] == "serve" else ("--model", part.model)
     return (
         *command,
         *model,
         *("--served-model-name", part.llm),
-        *("--host", LOOPBACK, "--port", str(port)),
+        *("--host", host, "--port", str(port)),
         *("--tensor-parallel-size", str(part.tensor_parallel_size)),
         *("--max-num-seqs", str(part.max_num_seqs)),
         *("--max-num-batched-tokens", str(part.max_num_batched_tokens)),

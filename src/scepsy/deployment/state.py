@@ -26,7 +26,8 @@ _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 class Order:
     """What a controller is to start. Times in seconds.
 
-    `mps_directory` is where an MPS daemon is to be started, `record` where calls are to be recorded.
+    `mps_directory` is where an MPS daemon is to be started, `record` where calls are to be recorded. `command`,
+    `engine_args` and `seed` are what `specs` were made with, for those that come later.
     """
 
     name: str
@@ -39,6 +40,9 @@ class Order:
     drain_s: float
     mps_directory: str | None = None
     record: str | None = None
+    command: tuple[str, ...] | None = None
+    engine_args: tuple[str, ...] = ()
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

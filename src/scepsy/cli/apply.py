@@ -1,0 +1,49 @@
+"""`scepsy apply`: change a running deployment to another plan."""
+
+from __future__ import annotations
+
+import argparse
+
+from rich.console import Console
+
+from scepsy.cli.options import add_profiles, parse_models
+from scepsy.cli.plan import print_difference
+from scepsy.deployment import find
+from scepsy.files import load_plan
+from scepsy.inputs import resolve_cluster_profiles
+
+HELP = "change a running deployment to another plan, restarting only what differs"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("plan", metavar="PLAN", help="plan file of what is to run")
+    parser.add_argument("--name", default="default", help="name of the deployment (default: default)")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would change")
+    parser.add_argument(
+        "--drain", type=float, default=600.0, metavar="S", help="how long a replica may end its answers (default: 600)"
+    )
+    add_profiles(parser)
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    """Compare, change, say when it is done."""
+    plan = load_plan(args.plan)
+    deployment = find(args.name)
+    running = load_plan(deployment.directory / "plan.yaml")
+    if args.dry_run:
+        print_difference(running, plan, console)
+        return 0
+    profiles = None
+    if deployment.status().engine == "emulator":
+        llms = list(dict.fromkeys(part.llm for part in plan.llms))
+        models = parse_models(args.model)
+        profiles = resolve_cluster_profiles(llms, plan.cluster, profiles=args.profiles, models=models)
+    deployment.apply(
+        plan,
+        profiles=profiles,
+        drain_s=args.drain,
+        on_event=lambda event: console.print(event, soft_wrap=True, markup=False, highlight=False),
+    )
+    console.print(f"deployment {args.name!r} runs {args.plan}", soft_wrap=True, markup=False, highlight=False)
+    return 0

@@ -1,0 +1,1 @@
+"""A plan on Kubernetes: its manifests, and what applies them."""
