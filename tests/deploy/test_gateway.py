@@ -12,6 +12,7 @@ import pytest
 from aiohttp import web
 from yarl import URL
 
+from scepsy.deployment.affinity import Affinity
 from scepsy.deployment.backends import Backend, Pool
 from scepsy.deployment.forward import MAX_BODY_BYTES, client, server_options
 from scepsy.deployment.gateway import Gateway, form_model
@@ -115,7 +116,7 @@ class Stage:
 
 
 @pytest.fixture
-async def stage():
+async def stage(request):
     stage = Stage()
     async with contextlib.AsyncExitStack() as stack:
         for name, worker in stage.workers.items():
@@ -127,7 +128,8 @@ async def stage():
             backends = [backend for backend in stage.backends.values() if backend.llm == llm]
             stage.pools[llm] = Pool(backends, wait_s=0.1)
         models = {llm: {"id": llm, "object": "model", "created": 1, "owned_by": "scepsy"} for llm in stage.pools}
-        stage.gateway = Gateway(stage.pools, session, models=models, status=lambda: {"name": "test"})
+        options = getattr(request, "param", {})
+        stage.gateway = Gateway(stage.pools, session, models=models, status=lambda: {"name": "test"}, **options)
         app = web.Application(client_max_size=MAX_BODY_BYTES)
         stage.gateway.add_routes(app)
         runner = web.AppRunner(app, shutdown_timeout=0.1, **server_options())
@@ -417,3 +419,28 @@ async def _raw(stage, text, *, head=False):
     writer.close()
     await writer.wait_closed()
     return start + body
+
+
+@pytest.mark.parametrize("stage", [{"affinity": Affinity.parsed("session:x-session-id")}], indirect=True)
+async def test_a_session_meets_the_same_replica(stage, session):
+    for name in ("one", "two", "three"):
+        headers = {"X-Session-ID": name}
+        answers = [await stage.post(session, {"model": "small"}, headers=headers) for _ in range(4)]
+        assert len({answer.headers["x-scepsy-replica"] for answer in answers}) == 1
+
+
+@pytest.mark.parametrize("stage", [{"api_key": "s3cret"}], indirect=True)
+async def test_a_key_is_asked_for_and_goes_no_further(stage, session):
+    for given in ({}, {"Authorization": "Bearer s3cre"}, {"Authorization": "s3cret"}, {"Authorization": "Bearer \xff"}):
+        answer = await stage.post(session, {"model": "small"}, headers=given)
+        assert answer.status == 401
+        assert (await session.get(f"{stage.url}/v1/models", headers=given)).status == 401
+    assert not any(worker.seen for worker in stage.workers.values())
+    answer = await stage.post(session, {"model": "small"}, headers={"Authorization": "Bearer s3cret", "X-Other": "1"})
+    assert answer.status == 200
+    sent = dict((await answer.json())["headers"])
+    assert "Authorization" not in sent
+    assert sent["X-Other"] == "1"
+    # What watches the endpoint has no key.
+    for path in ("/health", "/metrics", "/scepsy/status"):
+        assert (await session.get(stage.url + path)).status == 200

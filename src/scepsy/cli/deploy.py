@@ -24,6 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_engine(parser)
     add_profiles(parser)
     parser.add_argument("--record", metavar="FOLDER", help="write a trace of every call that the endpoint carries")
+    parser.add_argument(
+        "--affinity",
+        metavar="KIND",
+        help="send requests that belong together to one replica: session:HEADER, or prefix (of the prompt)",
+    )
     parser.add_argument("--detach", action="store_true", help="return when ready; end it with scepsy stop")
     parser.add_argument(
         "--to", choices=("local", "kubernetes"), default="local", help="where (default: local, this machine)"
@@ -51,6 +56,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         command=parse_command(args.engine_command),
         detach=args.detach,
         record=args.record,
+        affinity=args.affinity,
         on_event=lambda event: console.print(event, soft_wrap=True, markup=False, highlight=False),
     )
     console.print(f"ready: OPENAI_BASE_URL={deployment.url}", soft_wrap=True)

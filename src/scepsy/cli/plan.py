@@ -1,18 +1,21 @@
-"""`scepsy plan`: show a plan file, or what would change from one to another."""
+"""`scepsy plan`: show a plan file, what would change from one to another, or a plan in the format of another tool."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 
 from rich.console import Console
 
+from scepsy.deployment import find
+from scepsy.deployment.exports import DESCRIPTIONS, export
 from scepsy.files import load_plan
 from scepsy.report.tables import plan_table
 from scepsy_optimizer.moves import Moves, describe_moves, plan_moves
 from scepsy_optimizer.placement import check_placement
 from scepsy_optimizer.plan import Plan
 
-HELP = "show a plan, or what would change from one to another"
+HELP = "show a plan, what would change from one to another, or export it for other tools"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,12 +26,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     diff = actions.add_parser("diff", help="which replicas stay, start and stop from a running plan to a new one")
     diff.add_argument("old", metavar="OLD", help="plan file of what runs")
     diff.add_argument("new", metavar="NEW", help="plan file of what is to run")
+    told = "; ".join(f"{name}: {text}" for name, text in DESCRIPTIONS.items())
+    other = actions.add_parser("export", help="a plan as configuration of something else", description=told)
+    other.add_argument("plan", metavar="PLAN", help="plan file")
+    other.add_argument("--to", choices=list(DESCRIPTIONS), required=True, help="whose configuration")
+    other.add_argument("--name", help="the running deployment whose replicas' addresses are meant")
+    other.add_argument("--url", action="append", default=[], metavar="URL", help="address of each replica, in order")
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Print; the exit code of `show` is 1 where the plan cannot be placed as it says."""
     if args.action == "show":
         return _show(load_plan(args.plan), console)
+    if args.action == "export":
+        sys.stdout.write(export(load_plan(args.plan), args.to, args.url or _addresses(args.name)))
+        return 0
     print_difference(load_plan(args.old), load_plan(args.new), console)
     return 0
 
@@ -38,6 +50,11 @@ def print_difference(old: Plan, new: Plan, console: Console) -> None:
     moves = plan_moves(old, new)
     for line in (*describe_moves(moves), *describe_totals(moves), *describe_change(old, new)):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _addresses(name: str | None) -> list[str]:
+    """Where the replicas of a running deployment answer, in the order of its plan."""
+    return [] if name is None else [replica.url for replica in find(name).status().replicas]
 
 
 def _show(plan: Plan, console: Console) -> int:

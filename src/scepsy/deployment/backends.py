@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Final
 
+from scepsy.deployment.affinity import score
+
+_BOUNDED_LOAD: Final = 1.25
 _DRAIN_POLL_S: Final = 0.02
 
 
@@ -65,11 +69,14 @@ class Pool:
             await asyncio.sleep(_DRAIN_POLL_S)
         return not backend.outstanding
 
-    def choose(self, but: Collection[str] = ()) -> Backend | None:
+    def choose(self, but: Collection[str] = (), key: str | None = None) -> Backend | None:
         """The ready replica, those named in `but` left out, whose outstanding requests are fewest for its weight.
 
-        Equals take turns.
+        Equals take turns. With a `key` it is the one that the key prefers, unless that has a quarter more to do than
+        its part of all: then the next in the key's order (consistent hashing with bounded loads, arXiv 1608.01350).
         """
+        if key is not None:
+            return self._preferred(but, key)
         self._turn += 1
         count = len(self.backends)
         best, least = None, float("inf")
@@ -80,9 +87,19 @@ class Pool:
                 best, least = backend, load
         return best
 
-    async def acquire(self, but: Collection[str] = ()) -> Backend:
+    def _preferred(self, but: Collection[str], key: str) -> Backend | None:
+        ready = [backend for backend in self.backends if backend.ready and backend.id not in but]
+        ready.sort(key=lambda backend: score(key, backend.id, backend.weight), reverse=True)
+        most = _BOUNDED_LOAD * (1 + sum(backend.outstanding for backend in ready))
+        weight = sum(backend.weight for backend in ready)
+        for backend in ready:
+            if backend.outstanding + 1 <= math.ceil(most * backend.weight / weight):
+                return backend
+        return None
+
+    async def acquire(self, but: Collection[str] = (), key: str | None = None) -> Backend:
         """The replica to use, waiting for one if need be. Raises NoBackendError."""
-        backend = self.choose(but)
+        backend = self.choose(but, key)
         if backend is not None:
             return backend
         if self._waiting >= self.max_waiting:
@@ -94,7 +111,7 @@ class Pool:
                     if all(backend.failed for backend in self.backends):
                         raise NoBackendError
                     await self._changed.wait()
-                    backend = self.choose(but) or self.choose()
+                    backend = self.choose(but, key) or self.choose((), key)
                     if backend is not None:
                         return backend
         except TimeoutError:

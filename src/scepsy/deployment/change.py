@@ -95,7 +95,9 @@ def make_change(
             )
         steps.append(Step(action=move.action, spec=spec, text=text))
     kept = [spec for spec, move in zip(started, starting, strict=True) if not move.temporary]
-    return Change(steps=tuple(steps), after=replace(order, specs=(*stays, *kept)), drain_s=drain_s)
+    places = [(part.llm, slot.node, slot.devices) for part in new.llms for slot in part.slots]
+    runs = sorted((*stays, *kept), key=lambda spec: places.index((spec.llm, spec.node, spec.devices)))
+    return Change(steps=tuple(steps), after=replace(order, specs=tuple(runs)), drain_s=drain_s)
 
 
 def _part_of(move: Move, plan: Plan) -> LLMPlan:

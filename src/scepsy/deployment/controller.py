@@ -23,13 +23,14 @@ import aiohttp
 from aiohttp import web
 
 from scepsy.deployment import change, probe, processes
+from scepsy.deployment.affinity import Affinity
 from scepsy.deployment.changing import carry_out
 from scepsy.deployment.fleet import Fleet
 from scepsy.deployment.forward import MAX_BODY_BYTES, client, server_options
 from scepsy.deployment.gateway import Gateway
 from scepsy.deployment.mps import MpsDaemon
 from scepsy.deployment.shimmed import StartError
-from scepsy.deployment.state import DETACH, Order, State, forget, read_order, write_state
+from scepsy.deployment.state import API_KEY, DETACH, Order, State, forget, read_order, write_state
 from scepsy_optimizer.errors import ScepsyError
 
 if TYPE_CHECKING:
@@ -53,7 +54,15 @@ class Controller:
         logs.mkdir(exist_ok=True)
         self._changing: asyncio.Task[None] | None = None
         self._fleet = fleet = Fleet(order, logs=logs, session=session, on_change=self._note, on_event=_say)
-        self.gateway = Gateway(fleet.pools, session, models=fleet.models, status=self.status, recorder=recorder)
+        self.gateway = Gateway(
+            fleet.pools,
+            session,
+            models=fleet.models,
+            status=self.status,
+            recorder=recorder,
+            affinity=Affinity.parsed(order.affinity) if order.affinity is not None else None,
+            api_key=os.environ.pop(API_KEY, None),
+        )
 
     def status(self) -> Mapping[str, Any]:
         """What runs now, in plain values."""
@@ -64,7 +73,7 @@ class Controller:
             "pid": os.getpid(),
             "up_s": round(time.time() - self._begun, 3),
             "in_flight": self.gateway.in_flight,
-            "replicas": self._fleet.status(),
+            "replicas": self._fleet.status(self._order),
         }
 
     def end(self) -> None:

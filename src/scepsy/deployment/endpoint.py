@@ -1,13 +1,15 @@
 """The endpoint alone, in front of engines that somebody else keeps: `python -m scepsy.deployment.endpoint CONFIG`.
 
 CONFIG is a JSON file with the list `backends`: of each its `id`, `llm`, `model`, `url` and `weight`. An engine gets
-requests while its /health answers and its /v1/models names the LLM. SIGTERM lets what is being answered end.
+requests while its /health answers and its /v1/models names the LLM. SIGTERM lets what is being answered end. With
+SCEPSY_API_KEY in its environment it answers only those who have that key.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import signal
 import sys
 import time
@@ -20,9 +22,11 @@ import aiohttp
 from aiohttp import web
 from pydantic import TypeAdapter, ValidationError
 
+from scepsy.deployment.affinity import Affinity
 from scepsy.deployment.backends import Backend, Pool
 from scepsy.deployment.forward import MAX_BODY_BYTES, client, server_options
 from scepsy.deployment.gateway import Gateway
+from scepsy.deployment.state import API_KEY
 from scepsy_optimizer.errors import ScepsyError
 
 _LOOK_EVERY_S: Final = 2.0
@@ -43,9 +47,10 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """All engines behind the endpoint."""
+    """All engines behind the endpoint, and by what requests belong together (see `Affinity`)."""
 
     backends: tuple[Target, ...]
+    affinity: str | None = None
 
 
 def read_config(path: Path) -> Config:
@@ -80,7 +85,9 @@ async def serve(config: Config, host: str, port: int, told: asyncio.Event) -> No
         return {"backends": [{field: getattr(backend, field) for field in fields} for backend in every]}
 
     async with client() as session:
-        gateway = Gateway(pools, session, models=models, status=status)
+        affinity = Affinity.parsed(config.affinity) if config.affinity is not None else None
+        api_key = os.environ.get(API_KEY)
+        gateway = Gateway(pools, session, models=models, status=status, affinity=affinity, api_key=api_key)
         app = web.Application(client_max_size=MAX_BODY_BYTES)
         gateway.add_routes(app)
         runner = web.AppRunner(app, shutdown_timeout=0.1, **server_options())

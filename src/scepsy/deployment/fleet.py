@@ -55,9 +55,11 @@ class Fleet:
         found = [one.kept for one in self._replicas.values()]
         return tuple(kept for kept in found if kept is not None)
 
-    def status(self) -> list[Mapping[str, Any]]:
-        """What every replica does now, in plain values."""
-        return [one.status() for one in self._replicas.values()]
+    def status(self, order: Order) -> list[Mapping[str, Any]]:
+        """What every replica does now, in plain values: first those of the order, then those that come or go."""
+        ids = [spec.id for spec in order.specs if spec.id in self._replicas]
+        others = [spec_id for spec_id in self._replicas if spec_id not in ids]
+        return [self._replicas[spec_id].status() for spec_id in (*ids, *others)]
 
     async def start(self) -> None:
         """Bring all up. Raises StartError where one does not come up; nothing of that one is then left."""

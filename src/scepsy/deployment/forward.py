@@ -7,7 +7,7 @@ an answer is passed on when it comes.
 from __future__ import annotations
 
 import io
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -90,14 +90,20 @@ def end_to_end(headers: CIMultiDict[str] | CIMultiDictProxy[str]) -> CIMultiDict
 
 @asynccontextmanager
 async def exchange(
-    session: aiohttp.ClientSession, request: web.Request, body: bytes, url: str, extra: Mapping[str, str] | None = None
+    session: aiohttp.ClientSession,
+    request: web.Request,
+    body: bytes,
+    url: str,
+    extra: Mapping[str, str] | None = None,
+    withheld: Collection[str] = (),
 ) -> AsyncIterator[aiohttp.ClientResponse]:
-    """Send the request to the server at `url` (without a path); `extra` replaces headers.
+    """Send the request to the server at `url` (without a path); `extra` replaces headers, `withheld` are left out.
 
     Raises NotConnectedError or NoAnswerError: in both cases another server may be tried.
     """
     headers = end_to_end(request.headers)
-    headers.popall("Expect", None)
+    for name in ("Expect", *withheld):
+        headers.popall(name, None)
     if extra:
         headers.update(extra)
     # aiohttp counts the length anew, of an empty body only if there is one.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import json
 import re
 import time
@@ -14,6 +15,7 @@ import orjson
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from scepsy.deployment.affinity import Affinity
 from scepsy.deployment.backends import Backend, NoBackendError, Pool
 from scepsy.deployment.forward import BrokenOffError, NoAnswerError, NotConnectedError, exchange, relay
 from scepsy.semconv import ATTEMPTS, REPLICA
@@ -40,16 +42,22 @@ class Gateway:
         models: Mapping[str, Mapping[str, Any]],
         status: Callable[[], Mapping[str, Any]],
         recorder: Recorder | None = None,
+        affinity: Affinity | None = None,
+        api_key: str | None = None,
     ) -> None:
         """`pools` by LLM; `models` are the entries of /v1/models; `status` is shown under /scepsy/status.
 
-        With a `recorder` every call is recorded, and the engines' own traces lie below what was recorded.
+        With a `recorder` every call is recorded, and the engines' own traces lie below what was recorded. With an
+        `affinity` requests that belong together go to one replica. With an `api_key` only those are forwarded that
+        have it as bearer token, which goes no further.
         """
         self._pools = pools
         self._session = session
         self._models = models
         self._status = status
         self._recorder = recorder
+        self._affinity = affinity
+        self._token = f"Bearer {api_key}".encode() if api_key else None
         self._draining = False
         self._in_flight: set[asyncio.Task[Any]] = set()
         self._metrics = _Metrics(pools)
@@ -92,6 +100,8 @@ class Gateway:
         """Answer from a replica of the model that the request names."""
         if self._draining:
             return _unavailable("the deployment is stopping")
+        if not self._admits(request):
+            return _error(401, "Unauthorized", "AuthenticationError", None)
         body = await request.read()
         content = parsed(body)
         name = content.get("model") if content is not None else form_model(body, request.content_type)
@@ -108,7 +118,8 @@ class Gateway:
         assert task is not None  # noqa: S101 - handlers run in tasks
         self._in_flight.add(task)
         try:
-            response = await self._send(request, body, pool, name, call)
+            key = self._affinity.key(request.headers, content) if self._affinity is not None else None
+            response = await self._send(request, body, pool, name, call, key)
         except BaseException:
             if call is not None:
                 call.end(cancelled=True)
@@ -120,14 +131,14 @@ class Gateway:
         return response
 
     async def _send(
-        self, request: web.Request, body: bytes, pool: Pool, name: str, call: RecordedCall | None
+        self, request: web.Request, body: bytes, pool: Pool, name: str, call: RecordedCall | None, key: str | None
     ) -> web.StreamResponse:
         started_s = time.perf_counter()
         tried: set[str] = set()
         lost = 0
         while True:
             try:
-                backend = await pool.acquire(tried)
+                backend = await pool.acquire(tried, key)
             except NoBackendError:
                 self._metrics.done(name, "", 503, started_s)
                 return _unavailable(f"no replica of `{name}` is ready")
@@ -135,7 +146,8 @@ class Gateway:
             status = 499
             try:
                 carried = call.headers if call is not None else None
-                async with exchange(self._session, request, body, backend.url, carried) as answer:
+                withheld = () if self._token is None else ("Authorization",)
+                async with exchange(self._session, request, body, backend.url, carried, withheld) as answer:
                     status = answer.status
                     self._metrics.first_byte(name, started_s)
                     if call is not None:
@@ -173,10 +185,20 @@ class Gateway:
     async def _show_metrics(self, _request: web.Request) -> web.Response:
         return web.Response(body=self._metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4"})
 
-    async def _list_models(self, _request: web.Request) -> web.Response:
+    def _admits(self, request: web.Request) -> bool:
+        if self._token is None:
+            return True
+        given = request.headers.get("Authorization", "").encode(errors="surrogateescape")
+        return hmac.compare_digest(given, self._token)
+
+    async def _list_models(self, request: web.Request) -> web.Response:
+        if not self._admits(request):
+            return _error(401, "Unauthorized", "AuthenticationError", None)
         return web.json_response({"object": "list", "data": list(self._models.values())})
 
     async def _show_model(self, request: web.Request) -> web.Response:
+        if not self._admits(request):
+            return _error(401, "Unauthorized", "AuthenticationError", None)
         name = request.match_info["model"]
         if name not in self._models:
             return _error(404, f"The model `{name}` does not exist.", "NotFoundError", "model")

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from typing import IO, Any, Final, Self
 from pydantic import TypeAdapter
 
 from scepsy.deployment import change, processes, quota, state
+from scepsy.deployment.affinity import Affinity
 from scepsy.deployment.apply import apply
 from scepsy.deployment.prepare import prepare
 from scepsy.deployment.processes import Identity
@@ -154,6 +156,8 @@ def deploy(
     detach: bool = False,
     start_timeout_s: float | None = None,
     record: str | Path | None = None,
+    affinity: str | None = None,
+    api_key: str | None = None,
     on_event: Callable[[str], None] | None = None,
 ) -> Deployment:
     """Start every replica of the plan on this machine behind one endpoint; returns when all are ready.
@@ -162,14 +166,18 @@ def deploy(
     it needs). `command` is how one engine is started (default: vllm serve), `engine_args` are added to it, `seed` is
     the emulators'. With `port` 0 a free one is taken. Unless `detach`, the deployment ends with this process. With
     `record`, a directory, the endpoint records every call that it carries as trace files there.
-    `on_event` is told of progress, from another thread once all are ready. Raises ScepsyError; nothing is then left
-    running.
+    `affinity` sends requests that belong together to one replica: "session:HEADER" those with the same value of a
+    header, "prefix" those whose prompts begin alike. With `api_key`, or else the environment's SCEPSY_API_KEY, the
+    endpoint answers only those who have it. `on_event` is told of progress, from another thread once all are ready.
+    Raises ScepsyError; nothing is then left running.
     """
     _require_extra()
     if engine not in ENGINES:
         raise ScepsyError(f"engine {engine!r}: use one of {', '.join(ENGINES)}")
     if not plan.llms:
         raise ScepsyError("the plan has no LLMs to deploy")
+    if affinity is not None:
+        Affinity.parsed(affinity)
     told = on_event or (lambda _event: None)
     directory = state.folder(name)
     with _claim(name, directory) as lock:
@@ -201,10 +209,11 @@ def deploy(
             command=tuple(command) if command is not None else None,
             engine_args=tuple(engine_args),
             seed=seed,
+            affinity=affinity,
         )
         state.write_order(directory, order)
         told(f"starting {len(specs)} replicas of {len({spec.llm for spec in specs})} LLMs ({engine})")
-        return _launch(order, directory, lock, told, detach=detach)
+        return _launch(order, directory, lock, told, detach=detach, api_key=api_key)
 
 
 def find(name: str = "default") -> Deployment:
@@ -277,14 +286,22 @@ def _claim(name: str, directory: Path) -> Iterator[IO[bytes]]:
 
 
 def _launch(
-    order: state.Order, directory: Path, lock: IO[bytes], on_event: Callable[[str], None], *, detach: bool
+    order: state.Order,
+    directory: Path,
+    lock: IO[bytes],
+    on_event: Callable[[str], None],
+    *,
+    detach: bool,
+    api_key: str | None,
 ) -> Deployment:
+    environment = os.environ | ({state.API_KEY: api_key} if api_key else {})
     with (directory / "logs" / "controller.log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "scepsy.deployment.controller", str(directory)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
+            env=environment,
             start_new_session=True,
             pass_fds=(lock.fileno(),),
         )

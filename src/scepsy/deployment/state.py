@@ -19,6 +19,9 @@ from scepsy_optimizer.errors import ScepsyError
 DETACH: Final = b"detach\n"
 """What the starter writes to the controller's standard input so that the controller outlives it."""
 
+API_KEY: Final = "SCEPSY_API_KEY"
+"""The environment variable with the key that clients of the endpoint must have; engines are not given it."""
+
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 
 
@@ -27,7 +30,7 @@ class Order:
     """What a controller is to start. Times in seconds.
 
     `mps_directory` is where an MPS daemon is to be started, `record` where calls are to be recorded. `command`,
-    `engine_args` and `seed` are what `specs` were made with, for those that come later.
+    `engine_args` and `seed` are what `specs` were made with, for those that come later. `affinity` is as in `Affinity`.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Order:
     command: tuple[str, ...] | None = None
     engine_args: tuple[str, ...] = ()
     seed: int = 0
+    affinity: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,107 @@
+"""A plan for those who route or deploy with something else: pure texts in the formats of others.
+
+Formats as read in LiteLLM's proxy documentation, in SMG 1.13's strict discovery file, and in production-stack's chart
+0.1.12. What a format cannot say of a plan (which GPUs, weights of replicas) is left out, and stands in DESCRIPTIONS.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import yaml
+
+from scepsy.deployment.specs import replica_ids
+from scepsy_optimizer.errors import ScepsyError
+from scepsy_optimizer.plan import LLMPlan, Plan
+
+DESCRIPTIONS: Final[Mapping[str, str]] = {
+    "litellm": "LiteLLM's model_list with the replicas' addresses and weights; routing is to be least-busy",
+    "smg": "SMG's discovery file: the replicas' addresses; it asks them for their models",
+    "production-stack": "values of its chart: models, replicas, tensor parallelism, nodes, fractions as HAMi's",
+}
+
+
+def export(plan: Plan, to: str, urls: Sequence[str] = ()) -> str:
+    """The plan in the format named `to`, one of DESCRIPTIONS.
+
+    `urls` are the addresses of the replicas in the plan's order, for the formats that name them. Raises ScepsyError for
+    another format, or where addresses are missing.
+    """
+    formats: Mapping[str, Callable[[Plan, Sequence[str]], str]] = {
+        "litellm": _litellm,
+        "smg": _smg,
+        "production-stack": _production_stack,
+    }
+    if to not in formats:
+        raise ScepsyError(f"export to {to!r}: use one of {', '.join(formats)}")
+    replicas = sum(part.replicas for part in plan.llms)
+    if to != "production-stack" and len(urls) != replicas:
+        raise ScepsyError(
+            f"{to} needs the addresses of the plan's {replicas} replicas, and {len(urls)} are given: name a running "
+            "deployment (--name), or give them in the plan's order (--url)"
+        )
+    return formats[to](plan, urls)
+
+
+def _litellm(plan: Plan, urls: Sequence[str]) -> str:
+    listed = [
+        {
+            "model_name": part.llm,
+            "litellm_params": {
+                # Whatever speaks OpenAI's API, vLLM included; the part after the prefix is what is asked for there.
+                "model": f"hosted_vllm/{part.llm}",
+                "api_base": f"{url}/v1",
+                "api_key": "none",
+                "weight": round(part.replica_weight, 6),
+            },
+            "model_info": {"id": name},
+        }
+        for (name, part, _), url in zip(replica_ids(plan), urls, strict=True)
+    ]
+    return _yaml({"model_list": listed, "router_settings": {"routing_strategy": "least-busy"}})
+
+
+def _smg(_plan: Plan, urls: Sequence[str]) -> str:
+    # Any key that it does not know makes SMG refuse the file.
+    return json.dumps({"version": 1, "workers": [{"url": url} for url in urls]}, indent=2) + "\n"
+
+
+def _production_stack(plan: Plan, _urls: Sequence[str]) -> str:
+    taken: dict[str, int] = {}
+    specs = [_model_spec(part, taken) for part in plan.llms]
+    return _yaml({"servingEngineSpec": {"modelSpec": specs}, "routerSpec": {"routingLogic": "roundrobin"}})
+
+
+def _model_spec(part: LLMPlan, taken: dict[str, int]) -> dict[str, Any]:
+    """One group of replicas alike; the chart wants a name of its own for each."""
+    word = "".join(letter if letter.isalnum() else "-" for letter in part.llm.lower()).strip("-") or "llm"
+    number = taken[word] = taken.get(word, 0) + 1
+    spec: dict[str, Any] = {
+        "name": word if number == 1 else f"{word}-{number}",
+        "modelURL": part.model,
+        "replicaCount": part.replicas,
+        "requestGPU": part.tensor_parallel_size,
+        "vllmConfig": {
+            "tensorParallelSize": part.tensor_parallel_size,
+            "maxModelLen": part.max_model_len,
+            "gpuMemoryUtilization": part.gpu_memory_utilization,
+            "extraArgs": [
+                *("--served-model-name", part.llm),
+                *("--max-num-seqs", str(part.max_num_seqs)),
+                *("--max-num-batched-tokens", str(part.max_num_batched_tokens)),
+            ],
+        },
+    }
+    if part.fraction < 1:
+        percent = str(round(100 * part.fraction))
+        spec |= {"requestGPUCores": percent, "requestGPUMemPercentage": percent}
+        spec |= {"limitGPUCores": percent, "limitGPUMemPercentage": percent}
+    nodes = sorted({slot.node for slot in part.slots})
+    terms = {"matchExpressions": [{"key": "kubernetes.io/hostname", "operator": "In", "values": nodes}]}
+    return spec | {"nodeSelectorTerms": [terms]}
+
+
+def _yaml(content: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(content), sort_keys=False, width=1000)
