@@ -13,7 +13,7 @@ TESTS ?= tests
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format test-vllm test-versions test-beside test-browser bench wheel clean
+.PHONY: help install demo test check format test-vllm test-versions test-beside test-ray test-browser bench wheel clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,7 +37,7 @@ demo: $(VENV)/.demo ## Trace three workflows on emulated GPUs, plan, deploy the 
 	$(BIN)/scepsy demo
 
 test: $(VENV)/.ready ## Run the tests (no GPU, no network)
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not vllm and not browser" $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not vllm and not browser and not ray" $(TESTS)
 
 check: $(VENV)/.ready ## Format, lint, types, import directions
 	$(BIN)/ruff format --check .
@@ -81,6 +81,9 @@ test-versions: $(OLDEST_VENV)/.ready $(NEWEST_VENV)/.ready ## Test capture on th
 test-beside: $(VENV)/.ready ## Test capture beside OpenInference, Traceloop and OTel GenAI in one process
 	$(BIN)/python -m benchmarks.capture_truth --ours
 
+test-ray: $(VENV)/.ready ## Test deployments on a Ray cluster of four nodes, all on this machine
+	$(BIN)/python -m pytest -m ray tests/ray
+
 test-browser: $(VENV)/.ready ## Open the report's page in a headless Chromium (one must be installed)
 	$(BIN)/python -m pytest -m browser tests/report
 
@@ -95,7 +98,7 @@ wheel: $(VENV)/.ready ## Build the wheel, install it in a clean environment, run
 	$(PYTHON) -m venv build/wheel-venv
 	build/wheel-venv/bin/python -m pip install --quiet --upgrade pip
 	build/wheel-venv/bin/python -m pip install --quiet "$$(ls dist/*.whl)[dev]"
-	cd build && wheel-venv/bin/python -m pytest -n $(WORKERS) -m "not vllm and not browser" -c ../pyproject.toml --rootdir .. ../tests
+	cd build && wheel-venv/bin/python -m pytest -n $(WORKERS) -m "not vllm and not browser and not ray" -c ../pyproject.toml --rootdir .. ../tests
 
 clean: ## Remove environments and build products
 	rm -rf $(VENV) .venv-* dist build .mypy_cache .ruff_cache .pytest_cache

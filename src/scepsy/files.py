@@ -36,6 +36,11 @@ def save_profile(profile: LLMProfile, path: str | Path) -> None:
     _save(Path(path), PROFILE_FORMAT, TypeAdapter(LLMProfile), profile)
 
 
+def profile_text(profile: LLMProfile) -> str:
+    """What a profile file of it says."""
+    return _text(PROFILE_FORMAT, TypeAdapter(LLMProfile), profile)
+
+
 def load_cluster(path: str | Path) -> Cluster:
     """Read a cluster file. Raises ScepsyError."""
     return _load(Path(path), CLUSTER_FORMAT, TypeAdapter(Cluster))

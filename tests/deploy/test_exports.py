@@ -1,6 +1,9 @@
 """Plans in the formats of others, by the shapes that their own programs accept."""
 
+import ast
+import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -49,12 +52,36 @@ def test_production_stack_gets_a_model_spec_for_each_group(plan):
     assert gen["vllmConfig"]["extraArgs"][:2] == ["--served-model-name", "Org/gen"]
 
 
+def fields_of(module, name):
+    """The fields of a class, as its source has them: importing it needs a vLLM of its own."""
+    package = Path(next(iter(importlib.util.find_spec("ray").submodule_search_locations)))
+    tree = ast.parse((package / module).read_text())
+    found = next(node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == name)
+    return {node.target.id for node in found.body if isinstance(node, ast.AnnAssign)}
+
+
+def test_ray_serve_gets_fields_that_its_configuration_has(plan):
+    module = "llm/_internal/serve/core/configs/llm_config.py"
+    listed = yaml.safe_load(export(plan, "ray-serve"))
+    assert len(listed) == 3
+    for one in listed:
+        assert set(one) <= fields_of(module, "LLMConfig")
+        assert set(one["model_loading_config"]) <= fields_of(module, "ModelLoadingConfig")
+    assert [one["placement_group_config"]["bundles"] for one in listed] == [
+        [{"GPU": 1}] * 2,
+        [{"GPU": 0.3}],
+        [{"GPU": 1}],
+    ]
+    assert listed[0]["deployment_config"] == {"num_replicas": 2}
+    assert listed[1]["engine_kwargs"]["gpu_memory_utilization"] == 0.27
+
+
 def test_what_cannot_be_exported_says_what_is_missing(plan):
     with pytest.raises(ScepsyError, match="litellm needs the addresses of the plan's 4 replicas, and 1 are given"):
         export(plan, "litellm", URLS[:1])
-    with pytest.raises(ScepsyError, match="use one of litellm, smg, production-stack"):
+    with pytest.raises(ScepsyError, match="use one of litellm, smg, ray-serve, production-stack"):
         export(plan, "nginx")
-    assert set(DESCRIPTIONS) == {"litellm", "smg", "production-stack"}
+    assert set(DESCRIPTIONS) == {"litellm", "smg", "ray-serve", "production-stack"}
 
 
 def test_the_command_takes_the_addresses_of_what_runs(home, make_plan, make_part, make_profile, tmp_path, capsys):

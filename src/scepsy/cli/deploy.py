@@ -12,6 +12,7 @@ from rich.console import Console
 from scepsy.cli import kubernetes
 from scepsy.cli.options import add_engine, add_profiles, parse_command, parse_models
 from scepsy.deployment import deploy
+from scepsy.deployment.on_ray import deploy_on_ray
 from scepsy.files import load_plan
 from scepsy.inputs import resolve_cluster_profiles
 
@@ -31,8 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--detach", action="store_true", help="return when ready; end it with scepsy stop")
     parser.add_argument(
-        "--to", choices=("local", "kubernetes"), default="local", help="where (default: local, this machine)"
+        "--to", choices=("local", "ray", "kubernetes"), default="local", help="where (default: local, this machine)"
     )
+    parser.add_argument("--address", help="with --to ray: the cluster (default: RAY_ADDRESS, or one on this machine)")
     kubernetes.add_arguments(parser.add_argument_group("with --to kubernetes"))
 
 
@@ -46,6 +48,20 @@ def run(args: argparse.Namespace, console: Console) -> int:
         llms = list(dict.fromkeys(part.llm for part in plan.llms))
         models = parse_models(args.model)
         profiles = resolve_cluster_profiles(llms, plan.cluster, profiles=args.profiles, models=models)
+    if args.to == "ray":
+        on_ray = deploy_on_ray(
+            plan,
+            engine=args.engine,
+            profiles=profiles,
+            address=args.address,
+            port=args.port,
+            name=args.name,
+            command=parse_command(args.engine_command),
+            on_event=lambda event: console.print(event, soft_wrap=True, markup=False, highlight=False),
+        )
+        console.print(f"ready: OPENAI_BASE_URL={on_ray.url}", soft_wrap=True)
+        console.print(f"it runs on without this process; end it with: scepsy stop {args.name} --on ray")
+        return 0
     deployment = deploy(
         plan,
         engine=args.engine,

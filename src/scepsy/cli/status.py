@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from typing import Final
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.table import Table
 
 from scepsy.deployment import Deployment, find, list_deployments
+from scepsy.deployment.on_ray import RayDeployment, find_on_ray
 from scepsy.report.tables import plain_table
+
+_WATCH_EVERY_S: Final = 1.0
 
 HELP = "show running deployments and their replicas"
 
@@ -16,19 +25,36 @@ HELP = "show running deployments and their replicas"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("name", nargs="?", help="name of the deployment (default: all)")
+    parser.add_argument("--on", choices=("local", "ray"), default="local", help="where it runs (default: local)")
+    parser.add_argument("--address", help="with --on ray: the cluster (default: RAY_ADDRESS, or one on this machine)")
+    parser.add_argument("--json", action="store_true", help="print JSON for programs instead of tables")
+    parser.add_argument("--watch", action="store_true", help="show it live, until interrupted")
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Ask each deployment, show it."""
-    found = [find(args.name)] if args.name else list(list_deployments())
+    found: list[Deployment | RayDeployment]
+    if args.on == "ray":
+        found = [find_on_ray(args.name or "default", address=args.address)]
+    else:
+        found = [find(args.name)] if args.name else list(list_deployments())
+    if args.json:
+        states = [{"url": one.url, **asdict(one.status())} for one in found]
+        sys.stdout.write(json.dumps(states, indent=2) + "\n")
+        return 0
     if not found:
         console.print("nothing is deployed; start a plan with: scepsy deploy PLAN")
+    elif args.watch:
+        with Live(console=console, auto_refresh=False) as live:
+            while True:
+                live.update(Group(*(status_table(one) for one in found)), refresh=True)
+                time.sleep(_WATCH_EVERY_S)
     for deployment in found:
         console.print(status_table(deployment))
     return 0
 
 
-def status_table(deployment: Deployment) -> Table:
+def status_table(deployment: Deployment | RayDeployment) -> Table:
     """One row per replica."""
     status = deployment.status()
     state = "ready" if status.ready else "not ready"

@@ -1,7 +1,7 @@
 """A plan for those who route or deploy with something else: pure texts in the formats of others.
 
 Formats as read in LiteLLM's proxy documentation, in SMG 1.13's strict discovery file, and in production-stack's chart
-0.1.12. What a format cannot say of a plan (which GPUs, weights of replicas) is left out, and stands in DESCRIPTIONS.
+0.1.12, and from the fields of Ray 2.60's LLMConfig. What a format cannot say of a plan (which GPUs, weights of replicas) is left out, and stands in DESCRIPTIONS.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from scepsy_optimizer.plan import LLMPlan, Plan
 DESCRIPTIONS: Final[Mapping[str, str]] = {
     "litellm": "LiteLLM's model_list with the replicas' addresses and weights; routing is to be least-busy",
     "smg": "SMG's discovery file: the replicas' addresses; it asks them for their models",
+    "ray-serve": "LLMConfigs for ray.serve.llm, one for each group of replicas; Ray Serve places them as it likes",
     "production-stack": "values of its chart: models, replicas, tensor parallelism, nodes, fractions as HAMi's",
 }
 
@@ -32,12 +33,13 @@ def export(plan: Plan, to: str, urls: Sequence[str] = ()) -> str:
     formats: Mapping[str, Callable[[Plan, Sequence[str]], str]] = {
         "litellm": _litellm,
         "smg": _smg,
+        "ray-serve": _ray_serve,
         "production-stack": _production_stack,
     }
     if to not in formats:
         raise ScepsyError(f"export to {to!r}: use one of {', '.join(formats)}")
     replicas = sum(part.replicas for part in plan.llms)
-    if to != "production-stack" and len(urls) != replicas:
+    if to in ("litellm", "smg") and len(urls) != replicas:
         raise ScepsyError(
             f"{to} needs the addresses of the plan's {replicas} replicas, and {len(urls)} are given: name a running "
             "deployment (--name), or give them in the plan's order (--url)"
@@ -66,6 +68,30 @@ def _litellm(plan: Plan, urls: Sequence[str]) -> str:
 def _smg(_plan: Plan, urls: Sequence[str]) -> str:
     # Any key that it does not know makes SMG refuse the file.
     return json.dumps({"version": 1, "workers": [{"url": url} for url in urls]}, indent=2) + "\n"
+
+
+def _ray_serve(plan: Plan, _urls: Sequence[str]) -> str:
+    """As `LLMConfig(**entry)` takes them: a list, whose entries of one model are deployments of their own."""
+    listed = []
+    for part in plan.llms:
+        engine: dict[str, Any] = {
+            "tensor_parallel_size": part.tensor_parallel_size,
+            "max_num_seqs": part.max_num_seqs,
+            "max_num_batched_tokens": part.max_num_batched_tokens,
+            "max_model_len": part.max_model_len,
+            "gpu_memory_utilization": round(part.gpu_memory_utilization * part.fraction, 4),
+        }
+        # Ray Serve takes fractions only of one device; more than one bundle is a tensor-parallel group.
+        bundles = [{"GPU": part.fraction if part.fraction < 1 else 1} for _ in range(part.tensor_parallel_size)]
+        listed.append(
+            {
+                "model_loading_config": {"model_id": part.llm, "model_source": part.model},
+                "engine_kwargs": engine,
+                "placement_group_config": {"bundles": bundles, "strategy": "STRICT_PACK"},
+                "deployment_config": {"num_replicas": part.replicas},
+            }
+        )
+    return yaml.safe_dump(listed, sort_keys=False, width=1000)
 
 
 def _production_stack(plan: Plan, _urls: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from scepsy.deployment import machine, processes, quota
 from scepsy.deployment.specs import DEFAULT_COMMAND, Engine, ReplicaSpec, emulator_specs, vllm_cpu_specs, vllm_specs
-from scepsy.files import save_profile
+from scepsy.files import profile_text
 from scepsy_optimizer.engine import Engine as EngineModel
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.plan import Plan
@@ -95,9 +95,22 @@ def _kv_cache_gib(plan: Plan, profiles: Profiles) -> list[int]:
 
 
 def _profile_files(plan: Plan, profiles: Profiles, directory: Path) -> list[str]:
-    """A file for each group, its limits as planned. Raises ScepsyError where a profile is missing or does not fit."""
     files = []
-    for index, part in enumerate(plan.llms):
+    for index, text in enumerate(profile_texts(plan, profiles)):
+        path = directory / "profiles" / f"{index}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        files.append(str(path))
+    return files
+
+
+def profile_texts(plan: Plan, profiles: Profiles) -> list[str]:
+    """A profile file's text for each group, its limits as planned.
+
+    Raises ScepsyError where a profile is missing or its weights do not fit.
+    """
+    texts = []
+    for part in plan.llms:
         if part.llm not in profiles:
             raise ScepsyError(f"engine 'emulator' needs a profile of each LLM, and there is none of {part.llm!r}")
         profile = find_profile(profiles_of(profiles, part.llm), part.device_type)
@@ -110,7 +123,5 @@ def _profile_files(plan: Plan, profiles: Profiles, directory: Path) -> list[str]
         )
         # Says here, before anything is started, that the weights do not fit.
         EngineModel(planned, tensor_parallel_size=part.tensor_parallel_size, fraction=part.fraction)
-        path = directory / "profiles" / f"{index}.yaml"
-        save_profile(planned, path)
-        files.append(str(path))
-    return files
+        texts.append(profile_text(planned))
+    return texts
