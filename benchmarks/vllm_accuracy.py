@@ -5,9 +5,10 @@ The whole way of a user: executions are traced through an endpoint (of emulators
 the engines deployed together and the workflows sent to their endpoint as Poisson arrivals, several seeds each. Models
 have random weights, and answers are as long as they are asked to be.
 
-Two cores carry engines, endpoint and clients, so the machine must be otherwise idle. Before and after each round a
-fixed loop is timed on each core, and during it the time that other processes take is counted. A round that was
-disturbed is repeated; every round is printed.
+Two cores carry engines, endpoint and clients, so the machine must be otherwise idle. Beside each profile and before and
+after each round a fixed loop is timed on each core, and during the round the time that other processes take is counted.
+A round that was disturbed, or whose cores were not as fast as when the engines were profiled, is repeated; every round
+is printed.
 
 Needs .venv-vllm (make test-vllm makes it). Takes about 20 minutes.
 """
@@ -98,8 +99,8 @@ WORKFLOWS = {"draft-and-check": draft_and_check, "vote-and-judge": vote_and_judg
 class Round:
     """One measurement: latencies of the executions that count, and how much the machine was disturbed meanwhile.
 
-    `others` is the part of the cores that others took, `slower` how much longer a core needed for a fixed loop before
-    or after than at its quickest.
+    `others` is the part of the cores that others took, `slower` how much longer or shorter a core needed for a fixed
+    loop, before or after, than beside the profiles.
     """
 
     seed: int
@@ -111,7 +112,7 @@ class Round:
     @property
     def disturbed(self) -> bool:
         """Whether the machine did too much else."""
-        return self.others > OTHERS or self.slower > SLOWER
+        return self.others > OTHERS or abs(self.slower) > SLOWER
 
 
 @dataclass(slots=True, kw_only=True)
@@ -129,7 +130,7 @@ class Point:
     def counted(self) -> list[Round]:
         """Of each seed the undisturbed round, or the least disturbed one."""
         return [
-            min((one for one in self.rounds if one.seed == seed), key=lambda one: (one.disturbed, one.others))
+            min((one for one in self.rounds if one.seed == seed), key=lambda one: (one.disturbed, abs(one.slower)))
             for seed in sorted({one.seed for one in self.rounds})
         ]
 
@@ -164,12 +165,17 @@ def main() -> int:
         traces = Path(folder) / "traces"
         workloads = asyncio.run(trace(WORKFLOWS, tuple(MODELS), TRACED, traces))
         tell(begun_s, f"traced {TRACED} executions of each workflow; profiling")
-        profiles = {llm: profile(llm, models[llm], traces, Path(folder) / f"{llm}.yaml") for llm in MODELS}
+        loops_s = [probe_s()]
+        profiles = {}
+        for llm in MODELS:
+            profiles[llm] = profile(llm, models[llm], traces, Path(folder) / f"{llm}.yaml")
+            loops_s.append(probe_s())
+        usual_s = [statistics.median(core) for core in zip(*loops_s, strict=True)]
         points = predictions(workloads, profiles)
         plan = hand_made_plan(WHOLE_CORES, profiles, CLUSTER)
         tell(begun_s, "deploying")
         with deploy(plan, engine="vllm-cpu", command=COMMAND, name="measured") as running:
-            asyncio.run(measure(running.url, points, begun_s))
+            asyncio.run(measure(running.url, points, begun_s, usual_s))
         left = len(psutil.Process().children(recursive=True)) + len(list_deployments())
     seconds = time.perf_counter() - begun_s
     notes = {llm: one.provenance.note for llm, one in profiles.items()}
@@ -204,7 +210,7 @@ def predicted(plan: Plan) -> Prediction:
     return plan.prediction
 
 
-async def measure(url: str, points: Sequence[Point], begun_s: float) -> None:
+async def measure(url: str, points: Sequence[Point], begun_s: float, usual_s: Sequence[float]) -> None:
     """Rounds of every point and seed. Seeds are the outer loop: a point's rounds then lie minutes apart."""
     print(
         f"{'workflow':>16} {'load':>5} {'rate/s':>7} {'seed':>4} {'predicted':>10} {'measured':>9} {'others':>7} "
@@ -213,15 +219,18 @@ async def measure(url: str, points: Sequence[Point], begun_s: float) -> None:
     async with client() as session:
         for name, flow in WORKFLOWS.items():
             await asyncio.gather(*(execute(session, url, name, flow, f"warm-up {number}") for number in range(8)))
-        quickest = probe_s()
+        before_s = probe_s()
         for seed in SEEDS:
             for point in points:
                 for _ in range(1 + REPEATS):
                     with watched() as disturbance:
                         latencies_s, finished_rps = await one_round(session, url, point, seed)
-                    took = probe_s()
-                    slower = max(now / best for now, best in zip(took, quickest, strict=True)) - 1
-                    quickest = [min(pair) for pair in zip(took, quickest, strict=True)]
+                    after_s = probe_s()
+                    ratios = [
+                        now / usual for took in (before_s, after_s) for now, usual in zip(took, usual_s, strict=True)
+                    ]
+                    slower = max((ratio - 1 for ratio in ratios), key=abs)
+                    before_s = after_s
                     found = Round(
                         seed=seed,
                         latencies_s=latencies_s,
@@ -265,7 +274,7 @@ def show(point: Point, found: Round) -> None:
         seen = f"{statistics.mean(found.latencies_s):.3f} s"
     print(
         f"{point.workflow:>16} {load:>5} {point.rate_rps:>7.3f} {found.seed:>4} {expected:>10} {seen:>9} "
-        f"{found.others:>7.1%} {found.slower:>7.1%}{'  disturbed' if found.disturbed else ''}",
+        f"{found.others:>7.1%} {found.slower:>+7.1%}{'  disturbed' if found.disturbed else ''}",
         flush=True,
     )
 
@@ -288,12 +297,12 @@ def judge(points: Sequence[Point], figures: Mapping[str, object], left: int) -> 
     saturations = [point for point in points if point.load is None]
     rounds = [one for point in points for one in point.rounds]
     counted = [one for point in points for one in point.counted]
-    slower = max(one.slower for one in counted)
+    slower = max(abs(one.slower) for one in counted)
     print(
         f"{len(rounds)} rounds, {sum(one.disturbed for one in rounds)} disturbed, of which "
         f"{sum(one.disturbed for one in counted)} had to count; others took "
         f"{statistics.mean(one.others for one in counted):.1%} of the cores in those that count, at most "
-        f"{max(one.others for one in counted):.1%}; a core was slower by at most {slower:.1%}"
+        f"{max(one.others for one in counted):.1%}; a core was slower or faster by at most {slower:.1%}"
     )
     bounds = [
         Bound(

@@ -14,7 +14,21 @@ from scepsy_optimizer.errors import ScepsyError
 
 # Each module has HELP, add_arguments(parser) and run(args, console) -> exit code; it is imported when it is asked for,
 # or for the help of all.
-COMMANDS = ("demo", "collect", "report", "profile", "optimize", "replay", "plan", "deploy", "apply", "status", "stop")
+COMMANDS = (
+    "demo",
+    "collect",
+    "report",
+    "profile",
+    "optimize",
+    "replay",
+    "plan",
+    "deploy",
+    "apply",
+    "watch",
+    "status",
+    "stop",
+    "doctor",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """A plan for those who route or deploy with something else: pure texts in the formats of others.
 
-Formats as read in LiteLLM's proxy documentation, in SMG 1.13's strict discovery file, and in production-stack's chart
-0.1.12, and from the fields of Ray 2.60's LLMConfig. What a format cannot say of a plan (which GPUs, weights of replicas) is left out, and stands in DESCRIPTIONS.
+Formats as read in LiteLLM's proxy documentation, in SMG 1.13's strict discovery file, in the fields of the LLMConfig of
+Ray 2.60, and in production-stack's chart 0.1.12. What a format cannot say of a plan, such as which GPUs, is left out.
 """
 
 from __future__ import annotations

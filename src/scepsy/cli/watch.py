@@ -1,0 +1,104 @@
+"""`scepsy watch`: follow what a deployment is used for, and propose, or make, a better plan when that has changed."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from scepsy.cli.options import add_profiles, parse_models
+from scepsy.cli.plan import print_difference
+from scepsy.deployment import Deployment, find
+from scepsy.files import load_plan, save_plan
+from scepsy.inputs import resolve_cluster_profiles
+from scepsy.watching import Seen, recent, record_folder
+from scepsy_optimizer.adapt import BAND, DEAD_BAND, find_drift, propose
+from scepsy_optimizer.errors import ScepsyError
+
+HELP = "follow a deployment's traces, and propose a better plan when its use has changed"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("name", nargs="?", default="default", help="name of the deployment (default: default)")
+    parser.add_argument(
+        "--traces", metavar="DIR", help="where traces are written (default: where the deployment records its calls)"
+    )
+    add_profiles(parser)
+    parser.add_argument("--apply", action="store_true", help="apply what is proposed, without asking")
+    parser.add_argument("-o", "--output", default="proposed.yaml", help="file of the proposed plan")
+    parser.add_argument("--window", type=float, default=600.0, metavar="S", help="look at the last S s (default: 600)")
+    parser.add_argument("--every", type=float, default=30.0, metavar="S", help="look every S s (default: 30)")
+    parser.add_argument(
+        "--least", type=int, default=30, metavar="N", help="decide on N executions or more (default: 30)"
+    )
+    parser.add_argument(
+        "--band",
+        type=float,
+        default=BAND,
+        help=f"how far rate and loads may be off what was planned (default: {BAND:g})",
+    )
+    parser.add_argument(
+        "--dead-band",
+        type=float,
+        default=DEAD_BAND,
+        help=f"propose only what saves more than this part of the latency (default: {DEAD_BAND:g})",
+    )
+    parser.add_argument("--once", action="store_true", help="look once; exit code 1 where a plan is proposed")
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    """Look, compare, propose; again and again unless told otherwise."""
+    deployment = find(args.name)
+    folder = Path(args.traces) if args.traces else record_folder(deployment.directory)
+    changed_s = 0.0
+    while True:
+        # A new plan is judged by what came after it only.
+        window_s = min(args.window, time.time() - changed_s)
+        seen = recent(folder, window_s=window_s, now_s=time.time())
+        if seen is None or seen.workload.executions < args.least:
+            count = 0 if seen is None else seen.workload.executions
+            _say(console, f"{count} executions in the last {window_s:.0f} s: waiting for {args.least}")
+            proposed = False
+        else:
+            proposed = _look(args, console, deployment, seen)
+        if args.once:
+            return int(proposed)
+        if proposed and args.apply:
+            changed_s = time.time()
+        time.sleep(args.every)
+
+
+def _look(args: argparse.Namespace, console: Console, deployment: Deployment, seen: Seen) -> bool:
+    """Whether a plan was proposed, and with --apply made."""
+    plan = load_plan(deployment.directory / "plan.yaml")
+    llms = sorted({part.llm for part in plan.llms} | {demand.llm for demand in seen.workload.demands})
+    profiles = resolve_cluster_profiles(llms, plan.cluster, profiles=args.profiles, models=parse_models(args.model))
+    drift = find_drift(plan, seen.workload, profiles, rate_rps=seen.rate_rps, band=args.band)
+    count = f"{seen.workload.executions} executions, {seen.rate_rps:.3g}/s"
+    if not drift.reasons:
+        _say(console, f"{count}: as planned, {drift.latency_s:.3g} s predicted")
+        return False
+    _say(console, f"{count}: {'; '.join(drift.reasons)}")
+    try:
+        found = propose(plan, seen.workload, profiles, drift, dead_band=args.dead_band, replay_seed=0)
+    except ScepsyError as error:
+        _say(console, f"no better plan: {error}")
+        return False
+    if found is None:
+        _say(console, f"no plan on this cluster saves more than {args.dead_band:.0%} of the latency: nothing to change")
+        return False
+    save_plan(found.plan, args.output)
+    print_difference(plan, found.plan, console)
+    if args.apply:
+        deployment.apply(found.plan, profiles=profiles, on_event=lambda event: _say(console, event))
+        _say(console, f"deployment {deployment.name!r} runs {args.output}")
+    else:
+        _say(console, f"saves {found.saved:.0%} of the latency; make it so with: scepsy apply {args.output}")
+    return True
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, soft_wrap=True, markup=False, highlight=False)

@@ -1,0 +1,194 @@
+"""What this machine has of what deploying needs, and how to get what is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import resource
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+import psutil
+
+from scepsy.deployment import machine, processes, quota
+from scepsy_optimizer.errors import ScepsyError
+from scepsy_optimizer.plan import Plan
+
+State = Literal["ok", "missing", "odd"]
+
+_FILES: Final = 65_536
+_SHARED_GIB: Final = 1.0
+_SHARED: Final = "/dev/shm"  # noqa: S108 - where engines keep shared memory
+_HOST_GIB_PER_REPLICA: Final = 4.0
+_GIB: Final = 1024**3
+_VERSION_TIMEOUT_S: Final = 60
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing that was looked at: what there is, and where that is not enough, what to do. `needed` says whether a
+    plan that was given cannot do without it."""
+
+    name: str
+    state: State
+    text: str
+    advice: str = ""
+    needed: bool = False
+
+
+def examine(
+    plan: Plan | None = None,
+    *,
+    engine: str = "vllm",
+    command: Sequence[str] = ("vllm", "serve"),
+    port: int = 8000,
+) -> list[Finding]:
+    """Look at everything that deploying the plan on this machine rests on; without a plan, at what any would."""
+    on_gpus = engine == "vllm"
+    fractions = plan is not None and any(part.fraction < 1 for part in plan.llms)
+    replicas = 1 if plan is None else sum(part.replicas for part in plan.llms)
+    checks: list[Callable[[], Finding]] = [
+        _extras,
+        lambda: _drivers(plan, needed=on_gpus),
+        lambda: _mps(needed=on_gpus and fractions),
+        lambda: _quota(needed=engine == "vllm-cpu" and fractions),
+        lambda: _engine(command, needed=engine != "emulator"),
+        lambda: _port(port),
+        lambda: _memory(replicas, needed=engine != "emulator"),
+        _shared_memory,
+        _open_files,
+        _clock,
+    ]
+    return [check() for check in checks]
+
+
+def _extras() -> Finding:
+    missing = [name for name in ("aiohttp", "prometheus_client", "psutil", "uvloop") if not _importable(name)]
+    if missing:
+        advice = "pip install 'scepsy[deploy]'"
+        return Finding(name="packages", state="missing", text=", ".join(missing), advice=advice, needed=True)
+    return Finding(name="packages", state="ok", text="all that deploying imports")
+
+
+def _importable(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def _drivers(plan: Plan | None, *, needed: bool) -> Finding:
+    try:
+        gpus = machine.find_gpus()
+        remarks = machine.check_gpus(plan, gpus) if plan is not None and needed else []
+    except ScepsyError as error:
+        return Finding(name="GPUs", state="missing", text=str(error), advice="nvidia-smi must list them", needed=needed)
+    told = ", ".join(sorted({gpu.name for gpu in gpus}))
+    if remarks:
+        return Finding(
+            name="GPUs", state="odd", text="; ".join(remarks), advice="plan for what is here: --cluster local"
+        )
+    return Finding(name="GPUs", state="ok", text=f"{len(gpus)}: {told}")
+
+
+def _mps(*, needed: bool) -> Finding:
+    running = machine.running_mps()
+    if running is not None:
+        return Finding(name="MPS", state="ok", text=f"a daemon listens in {running}")
+    try:
+        machine.mps_command()
+    except ScepsyError:
+        advice = "install NVIDIA's driver tools (nvidia-cuda-mps-control), or plan with whole devices"
+        text = "no daemon and no tool to start one: fractions of a GPU are impossible"
+        return Finding(name="MPS", state="missing", text=text, advice=advice, needed=needed)
+    return Finding(name="MPS", state="ok", text="no daemon yet; deploying starts one where it is needed")
+
+
+def _quota(*, needed: bool) -> Finding:
+    try:
+        quota.check_quota()
+    except ScepsyError as error:
+        return Finding(
+            name="CPU quotas",
+            state="missing",
+            text=str(error),
+            advice="run as root, or in a cgroup of yours",
+            needed=needed,
+        )
+    return Finding(name="CPU quotas", state="ok", text="a fraction of a core can be held")
+
+
+def _engine(command: Sequence[str], *, needed: bool) -> Finding:
+    found = shutil.which(command[0])
+    if found is None:
+        advice = "pip install 'scepsy[vllm]', or say how engines are started (--command)"
+        return Finding(name="engine", state="missing", text=f"no {command[0]!r}", advice=advice, needed=needed)
+    python = Path(found).resolve().parent / "python"
+    asks = "from importlib.metadata import version; print(version('vllm'))"
+    asked = [str(python if python.exists() else found), "-c", asks]
+    try:
+        shown = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=_VERSION_TIMEOUT_S)
+        version = shown.stdout.strip() if shown.returncode == 0 else ""
+    except (OSError, subprocess.TimeoutExpired):
+        version = ""
+    if not version:
+        return Finding(
+            name="engine", state="odd", text=f"{found}, of unknown version", advice="it must serve vLLM's API"
+        )
+    return Finding(name="engine", state="ok", text=f"{found}, vLLM {version}")
+
+
+def _port(port: int) -> Finding:
+    if processes.port_is_free(port):
+        return Finding(name="port", state="ok", text=f"{port} is free")
+    return Finding(name="port", state="odd", text=f"{port} is in use", advice="end what listens there, or give --port")
+
+
+def _memory(replicas: int, *, needed: bool) -> Finding:
+    free_gib = psutil.virtual_memory().available / _GIB
+    wanted_gib = replicas * _HOST_GIB_PER_REPLICA
+    text = f"{free_gib:.0f} GiB of host memory are free; {replicas} replicas take about {wanted_gib:.0f}"
+    if free_gib >= wanted_gib or not needed:
+        return Finding(name="memory", state="ok", text=text)
+    return Finding(name="memory", state="odd", text=text, advice="end what else runs, or plan fewer replicas on a node")
+
+
+def _shared_memory() -> Finding:
+    try:
+        space = os.statvfs(_SHARED)
+    except OSError as error:
+        return Finding(name=_SHARED, state="missing", text=str(error.strerror), advice="mount a tmpfs there")
+    free_gib = space.f_bavail * space.f_frsize / _GIB
+    if free_gib < _SHARED_GIB:
+        advice = "in a container: --shm-size 8g, or an emptyDir in memory"
+        return Finding(name=_SHARED, state="odd", text=f"{free_gib:.2f} GiB are free", advice=advice)
+    return Finding(name=_SHARED, state="ok", text=f"{free_gib:.0f} GiB are free")
+
+
+def _open_files() -> Finding:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < _FILES:
+        advice = f"ulimit -n {_FILES}, or LimitNOFILE in the service"
+        return Finding(name="open files", state="odd", text=f"at most {hard}", advice=advice)
+    return Finding(name="open files", state="ok", text=f"{soft}, and up to {'any number' if hard < 0 else hard}")
+
+
+def _clock() -> Finding:
+    """Traces of several machines are put together by their clocks."""
+    tool = shutil.which("timedatectl")
+    if tool is not None:
+        shown = subprocess.run(
+            [tool, "show", "--property=NTPSynchronized"], capture_output=True, text=True, check=False
+        )
+        if shown.returncode == 0 and "NTPSynchronized=no" in shown.stdout:
+            return Finding(
+                name="clock", state="odd", text="is not synchronised", advice="turn on NTP: timedatectl set-ntp true"
+            )
+        if shown.returncode == 0 and "NTPSynchronized=yes" in shown.stdout:
+            return Finding(name="clock", state="ok", text="is synchronised")
+    text = f"who synchronises the clock of {socket.gethostname()} is not known"
+    return Finding(
+        name="clock", state="odd", text=text, advice="matters only where traces of several machines are joined"
+    )
