@@ -10,10 +10,11 @@ OLDEST := tests/integrations/oldest.txt
 CAPTURE_TESTS_NEED := '.[langchain,llama-index,openai,otlp]' aiohttp hypothesis langchain-openai langgraph \
   opentelemetry-instrumentation pytest pytest-asyncio pytest-xdist
 TESTS ?= tests
+BENCHMARKS ?= $(basename $(notdir $(shell grep -l 'import Bound, finish' benchmarks/*.py)))
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format test-vllm test-versions test-beside test-ray test-browser bench wheel clean
+.PHONY: help install demo test check format test-vllm test-versions test-beside test-ray test-browser bench evaluation proof wheel clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -87,10 +88,17 @@ test-ray: $(VENV)/.ready ## Test deployments on a Ray cluster of four nodes, all
 test-browser: $(VENV)/.ready ## Open the report's page in a headless Chromium (one must be installed)
 	$(BIN)/python -m pytest -m browser tests/report
 
-bench: $(VENV)/.ready ## Run every benchmark
-	@for file in $$(grep -l '^if __name__' benchmarks/*.py); do \
-	  name=$$(basename $$file .py); echo "== $$name"; $(BIN)/python -m benchmarks.$$name || failed="$$failed $$name"; \
+bench: $(VENV)/.ready ## Run every benchmark, or those named in BENCHMARKS; what they print stays in build/bench
+	@mkdir -p build/bench; for name in $(BENCHMARKS); do \
+	  echo "== $$name"; $(BIN)/python -m benchmarks.$$name > build/bench/$$name.txt || failed="$$failed $$name"; \
+	  cat build/bench/$$name.txt; \
 	done; test -z "$$failed" || { echo "bounds missed:$$failed"; exit 1; }
+
+evaluation: $(VENV)/.ready ## Put what the benchmarks have printed into docs/evaluation.md
+	$(BIN)/python -m benchmarks.evaluation
+
+proof: $(VENV)/.ready $(VLLM_VENV)/.ready ## The plan beside other allocations on the real vLLM, on CPU (25 minutes, an idle machine)
+	$(BIN)/python -m benchmarks.real_gain
 
 wheel: $(VENV)/.ready ## Build the wheel, install it in a clean environment, run the tests on it
 	rm -rf dist build/wheel-venv
