@@ -1,7 +1,7 @@
 """LangChain's callback managers, hooked where they tell handlers of a start or an end.
 
 A handler among their handlers would be told the same, at a price that has nothing to do with what it does: LangChain
-looks through every handler's methods for each call, and tells it through coroutines, tasks and a turn of the event loop.
+looks through every handler's methods for each call, and tells it through coroutines and a turn of the event loop.
 """
 
 from __future__ import annotations
