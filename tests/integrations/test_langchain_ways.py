@@ -46,8 +46,8 @@ async def left(config):
     async for _ in stream:
         break
     await stream.aclose()
-    async with asyncio.timeout(20):
-        while recorder.open:  # the generators below it are closed by the event loop, when it comes to it
+    for _ in range(2000):  # the generators below it are closed by the event loop, when it comes to it
+        if recorder.open:
             await asyncio.sleep(0.01)
 
 

@@ -225,16 +225,16 @@ _STARTS: Final[dict[str, Starting]] = {
     "on_chat_model_start": _calls_started(semconv.CHAT, "messages", _note_messages),
     "on_llm_start": _calls_started(semconv.TEXT_COMPLETION, "prompts", _note_prompt),
 }
-_ENDS: Final[dict[str, Ending]] = {
-    "on_chain_end": _run_ended,
-    "on_chain_error": _ending(runs.end_run, "error"),
-    "on_tool_end": _run_ended,
-    "on_tool_error": _ending(runs.end_run, "error"),
-    "on_retriever_end": _run_ended,
-    "on_retriever_error": _ending(runs.end_run, "error"),
-    "on_llm_new_token": _piece_came,
-    "on_llm_end": _ending(runs.finish_call, "response"),
-    "on_llm_error": _ending(runs.fail_call, "error"),
+_run_failed: Final = _ending(runs.end_run, "error")
+_ENDS: Final[dict[str, dict[str, Ending]]] = {
+    "Chain": {"on_chain_end": _run_ended, "on_chain_error": _run_failed},
+    "Tool": {"on_tool_end": _run_ended, "on_tool_error": _run_failed},
+    "Retriever": {"on_retriever_end": _run_ended, "on_retriever_error": _run_failed},
+    "LLM": {
+        "on_llm_new_token": _piece_came,
+        "on_llm_end": _ending(runs.finish_call, "response"),
+        "on_llm_error": _ending(runs.fail_call, "error"),
+    },
 }
 
 _hook: Final[ContextVar[ScepsyCallbackHandler | None]] = ContextVar(

@@ -23,9 +23,10 @@ Ending = Callable[[Any, tuple[Any, ...], dict[str, Any]], object]
 _patches: Final[list[Patch]] = []
 
 
-def hook_managers(starts: dict[str, Starting], ends: dict[str, Ending]) -> bool:
+def hook_managers(starts: dict[str, Starting], ends: dict[str, dict[str, Ending]]) -> bool:
     """Call these after the start methods and before the end methods of their names, sync and async.
 
+    End methods are those of the managers of a run, by the run's kind as their classes name it: "LLM", "Chain".
     False, and nothing is hooked, if this LangChain's managers are not as they have always been.
     """
     places = [*_starts(starts), *_ends(ends)]
@@ -50,13 +51,11 @@ def _starts(starts: dict[str, Starting]) -> Iterator[_Place]:
         yield getattr(langchain, "AsyncCallbackManager", None), name, _started_async(starting)
 
 
-def _ends(ends: dict[str, Ending]) -> Iterator[_Place]:
-    for name, ending in ends.items():
-        kind = {"on_llm": "LLM", "on_chain": "Chain", "on_tool": "Tool", "on_retriever": "Retriever"}[
-            name[: name.index("_", 3)]
-        ]
-        for prefix in ("", "Async"):
-            yield getattr(langchain, f"{prefix}CallbackManagerFor{kind}Run", None), name, _ended(ending)
+def _ends(ends: dict[str, dict[str, Ending]]) -> Iterator[_Place]:
+    for kind, of_kind in ends.items():
+        for name, ending in of_kind.items():
+            for prefix in ("", "Async"):
+                yield getattr(langchain, f"{prefix}CallbackManagerFor{kind}Run", None), name, _ended(ending)
 
 
 def _as_known(owner: Any, name: str) -> bool:
