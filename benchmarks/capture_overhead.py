@@ -2,11 +2,13 @@
 
 One process prepares the frameworks and forks: one child stays as it is, each of the others turns one instrumentation
 on. In every round each child runs a batch of every column, one child after the other, so that what the machine does
-meanwhile hits all alike. A cost is the processor time of all threads beyond that of the bare child in the same round,
-a comparison the ratio of two such costs; the table and the bounds hold medians over the rounds. Spans go to a processor
-that drops them; Scepsy is measured twice, the default way (its own trace files, the writing included) and on the same
-SDK provider as the others. HTTP is answered within the process, so client and transport are in the bare child as well.
-Memory is what 100,000 calls leave behind, every twentieth of them cancelled.
+meanwhile hits all alike. A cost is the processor time of all threads beyond that of the bare child in the same round;
+the table and the bounds hold the medians over the rounds, a comparison the ratio of two such medians. How much a long
+prompt adds to Scepsy's cost is told apart from the machine's noise by rounds of their own: short and long, bare and
+not, right after one another. Spans go to a processor that drops them; Scepsy is measured twice, the default way (its
+own trace files, the writing included) and on the same SDK provider as the others. HTTP is answered within the process,
+so client and transport are in the bare child as well. Memory is what 100,000 calls leave behind, every twentieth of
+them cancelled.
 """
 
 from __future__ import annotations
@@ -26,10 +28,13 @@ from typing import Any
 
 from benchmarks import rivals
 from benchmarks.outcome import Bound, finish
+from benchmarks.paired import Typical
 
 SMALL, LARGE = "hi", "word " * 40_000
 BATCH, WARM_ROUNDS = 40, 3
 LEAST_ROUNDS, MOST_ROUNDS, ROUNDS_LIMIT_S = 9, 61, 180.0
+LEAST_FLAT_ROUNDS, MOST_FLAT_ROUNDS, FLAT_LIMIT_S = 15, 101, 150.0
+LONG = ", 200 kB"
 MEMORY_CALLS = 100_000
 PER_RUN_BOUND_US = 60.0
 FLAT_BOUND_US = 10.0
@@ -246,10 +251,28 @@ def _rounds_worker() -> None:
                     if number >= 0:
                         us[child.name][column].append(spent)
                         captured[child.name][column] |= spans != 0
+        beyond = _flat_rounds(children[0], children[1], [column for column in columns if column.endswith(LONG)])
     finally:
         for child in children:
             child.stop()
-    print(json.dumps({"us": us, "captured": captured}), flush=True)
+    print(json.dumps({"us": us, "captured": captured, "beyond": beyond}), flush=True)
+
+
+def _flat_rounds(bare: _Child, ours: _Child, columns: list[str]) -> dict[str, list[float]]:
+    """Per round, by how many microseconds `ours` costs more with a long prompt than with a short one."""
+    beyond: dict[str, list[float]] = {column: [] for column in columns}
+    deadline_s = time.monotonic() + FLAT_LIMIT_S
+    for number in range(MOST_FLAT_ROUNDS):
+        if number >= LEAST_FLAT_ROUNDS and time.monotonic() > deadline_s:
+            break
+        for column in columns:
+            turns = [(child, name) for name in (column.removesuffix(LONG), column) for child in (bare, ours)]
+            if number % 2:
+                turns.reverse()
+            us = {(child.name, name): child.measure(name)[0] for child, name in turns}
+            added = [us["scepsy", name] - us[BARE, name] for name in (column, column.removesuffix(LONG))]
+            beyond[column].append(added[0] - added[1])
+    return beyond
 
 
 def _memory_worker(name: str) -> None:
@@ -318,26 +341,23 @@ def _added(us: dict[str, dict[str, list[float]]], name: str, column: str) -> lis
     return [mine - bare for mine, bare in zip(us[name][column], us[BARE][column], strict=True)]
 
 
-def _ratio(us: dict[str, dict[str, list[float]]], column: str, other: str) -> float:
-    """Median over the rounds of our cost as a part of another's."""
-    pairs = zip(_added(us, "scepsy", column), _added(us, other, column), strict=True)
-    return median(ours / theirs if theirs > 0 else float("inf") for ours, theirs in pairs)
-
-
 def main() -> int:
     """Measure all, print the table, judge."""
     rivals.prepare()
     measured = rivals.run_worker("benchmarks.capture_overhead", "rounds")
     us, captured = measured["us"], measured["captured"]
     columns = list(us[BARE])
-    added = {name: {column: median(_added(us, name, column)) for column in columns} for name in rivals.NAMES}
-    print(f"medians over {len(us[BARE][columns[0]])} rounds")
+    typical = {name: {column: Typical.of(_added(us, name, column)) for column in columns} for name in rivals.NAMES}
+    added = {name: {column: found.median for column, found in of.items()} for name, of in typical.items()}
+    beyond = {column: Typical.of(differences) for column, differences in measured["beyond"].items()}
+    print(f"medians over {len(us[BARE][columns[0]])} rounds, and where the true median lies in 95 of 100 cases")
     print(f"{'µs added per':<36}{'(bare)':>8}" + "".join(f"{title:>28}" for title in rivals.NAMES.values()))
     for column in columns:
-        cells = (
-            f"{added[name][column]:.0f}" if captured[name][column] else "captures nothing" for name in rivals.NAMES
-        )
+        cells = (f"{typical[name][column]}" if captured[name][column] else "captures nothing" for name in rivals.NAMES)
         print(f"{column:<36}{median(us[BARE][column]):>8.0f}" + "".join(f"{cell:>28}" for cell in cells))
+    print(f"\nµs that 200 kB add to what Scepsy adds, over {len(next(iter(measured['beyond'].values())))} rounds:")
+    for column, found in beyond.items():
+        print(f"  {column.removesuffix(LONG)}: {found}")
     memory = {
         name: rivals.run_worker("benchmarks.capture_overhead", f"memory:{name}") for name in ("scepsy", "scepsy-sdk")
     }
@@ -355,18 +375,20 @@ def main() -> int:
     for column in columns:
         others = [name for name in rivals.NAMES if not name.startswith("scepsy") and captured[name][column]]
         best = min(others, key=lambda name: added[name][column])
-        bounds.append(
-            Bound(name=f"{column}: part of {rivals.NAMES[best]}", value=_ratio(us, column, best), at_most=1 / 3)
-        )
-    for column in columns:
-        if column.endswith(", 200 kB"):
-            small = column.removesuffix(", 200 kB")
-            bounds.append(
-                Bound(name=f"{column}: µs beyond a small one", value=ours[column] - ours[small], at_most=FLAT_BOUND_US)
-            )
+        part = ours[column] / added[best][column]
+        bounds.append(Bound(name=f"{column}: part of {rivals.NAMES[best]}", value=part, at_most=1 / 3))
+    bounds += [
+        Bound(name=f"{column}: µs beyond a small one", value=found.median, at_most=FLAT_BOUND_US)
+        for column, found in beyond.items()
+    ]
     bounds.append(Bound(name="bytes left per call", value=memory["scepsy"]["bytes_per_call"], at_most=50))
     bounds.append(Bound(name="calls left open", value=memory["scepsy"]["left_open"], at_most=0))
-    return finish("capture_overhead", bounds, {"added_us": added})
+    figures = {
+        "added_us": added,
+        "intervals_us": {name: {column: [f.low, f.high] for column, f in of.items()} for name, of in typical.items()},
+        "long_prompt_us": {column: [f.median, f.low, f.high] for column, f in beyond.items()},
+    }
+    return finish("capture_overhead", bounds, figures)
 
 
 if __name__ == "__main__":

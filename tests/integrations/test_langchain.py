@@ -437,10 +437,10 @@ def test_other_handlers_see_what_they_always_saw(recorded):
 
 
 def test_errors_in_the_hook_do_not_reach_the_program(recorded, monkeypatch, caplog):
-    from scepsy_integrations.langchain import handler
+    from scepsy_integrations.langchain import runs
 
-    for name in ("_start_call", "_describe", "_end"):
-        monkeypatch.setattr(handler, name, None)
+    for name in ("_wrapping_call", "describe", "settle_task"):
+        monkeypatch.setattr(runs, name, None)
     assert CHAIN.invoke({"question": 1}) == "answer"
     assert "capture failed" in caplog.text
     monkeypatch.undo()
@@ -448,10 +448,10 @@ def test_errors_in_the_hook_do_not_reach_the_program(recorded, monkeypatch, capl
 
 
 def test_nothing_is_kept_of_what_has_ended(recorded):
-    from scepsy_integrations.langchain import handler
+    from scepsy_integrations.langchain import runs
 
-    before = len(handler._passed)
+    before = len(runs._passed)
     for _ in range(20):
         CHAIN.invoke({"question": 1})
-    assert len(handler._passed) == before
+    assert len(runs._passed) == before
     assert not scepsy.capture.recorder.open

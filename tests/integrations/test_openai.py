@@ -94,6 +94,15 @@ def test_what_is_no_llm_call_is_left_alone(recorded, server, client):
 def test_azure(recorded, server):
     with openai.AzureOpenAI(azure_endpoint=server.url, api_key="key", api_version="1") as client:
         client.chat.completions.create(model="deployed", messages=MESSAGES)
+    call = one_call(recorded, server)
+    assert tokens(call) == FULL
+    assert call.attributes[semconv.REQUEST_MODEL] == "deployed"
+
+
+async def test_azure_awaited(recorded, server):
+    given = {"azure_endpoint": server.url, "api_key": "key", "api_version": "1", "azure_deployment": "deployed"}
+    async with openai.AsyncAzureOpenAI(**given) as client:
+        await client.chat.completions.create(model="m", messages=MESSAGES)
     assert tokens(one_call(recorded, server)) == FULL
 
 
@@ -133,6 +142,19 @@ async def test_an_async_stream_lasts_to_its_last_piece(recorded, server, aclient
     stream = await ask(aclient)
     assert isinstance(stream, openai.AsyncStream)
     assert len([piece async for piece in stream]) >= 5
+    assert_streamed(one_call(recorded, server), server.seen[0])
+
+
+async def test_streams_of_azure(recorded, server):
+    given = {"azure_endpoint": server.url, "api_key": "key", "api_version": "1"}
+    with openai.AzureOpenAI(**given) as client:
+        assert len(list(STREAMED["chat"](client))) > 5
+    assert_streamed(one_call(recorded, server), server.seen[0])
+    recorded.clear()
+    server.seen.clear()
+    async with openai.AsyncAzureOpenAI(**given) as client:
+        async for _ in await STREAMED["chat"](client):
+            pass
     assert_streamed(one_call(recorded, server), server.seen[0])
 
 
@@ -469,6 +491,28 @@ def test_a_traceparent_of_the_programs_own_is_kept(recorded, server, client):
     own = f"00-{'ab' * 16}-{'cd' * 8}-01"
     client.chat.completions.create(model="m", messages=MESSAGES, extra_headers={"traceparent": own})
     assert server.seen[0].headers["traceparent"] == own
+
+
+@pytest.mark.parametrize("name", ["traceparent", "Traceparent"])
+def test_a_traceparent_of_the_clients_own_is_kept(recorded, server, name):
+    own = f"00-{'1' * 32}-{'2' * 16}-01"
+    with openai.OpenAI(base_url=server.url, api_key="key", default_headers={name: own}) as client:
+        client.chat.completions.create(model="m", messages=MESSAGES)
+    assert [value for key, value in server.seen[0].headers.items() if key.lower() == "traceparent"] == [own]
+
+
+def test_options_that_are_sent_twice_carry_each_call(recorded, server, client):
+    from openai._models import FinalRequestOptions
+    from openai.types.chat import ChatCompletion
+
+    given = {"method": "post", "url": "/chat/completions", "headers": {"X-Mine": "yes"}}
+    options = FinalRequestOptions.construct(**given, json_data={"model": "m", "messages": MESSAGES})
+    for _ in range(2):
+        client.request(ChatCompletion, options)
+    assert options.headers == {"X-Mine": "yes"}
+    assert [seen.headers["X-Mine"] for seen in server.seen] == ["yes", "yes"]
+    told = [f"{call.context.span_id:016x}" for call in recorded.calls]
+    assert [seen.headers["traceparent"].split("-")[2] for seen in server.seen] == told
 
 
 def test_the_call_is_the_current_span_while_it_is_sent(recorded, server):

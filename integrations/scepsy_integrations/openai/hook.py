@@ -1,19 +1,29 @@
 """The hook for `openai.OpenAI` and `openai.AsyncOpenAI`, versions 2 and 3, Azure included.
 
-All endpoints, sync or async, parsed, raw or streamed, go through the client's `request`, and every attempt through its
-`_prepare_request`: these two, the pause between attempts and the moment before the answer is parsed are what is hooked.
+All endpoints, sync or async, parsed, raw or streamed, go through the client's `request`: this, the pause between two
+attempts and the moment before the answer is parsed are what is hooked.
 """
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar, Token
 from typing import Any, Final
 
 from scepsy import semconv
-from scepsy.capture import Exchange, attach, detach, harmless, muted, recorder, settings
+from scepsy.capture import (
+    Exchange,
+    Method,
+    Patch,
+    attach,
+    current_handle,
+    detach,
+    harmless,
+    muted,
+    recorder,
+    settings,
+    tell,
+)
 from scepsy_integrations.openai.answers import describe, is_raw
 from scepsy_integrations.openai.content import note_answer, note_question, records_content
 from scepsy_integrations.openai.streams import watch
@@ -33,12 +43,35 @@ _OPERATIONS: Final = {
 _RAW_RESPONSE: Final = "X-Stainless-Raw-Response"
 """The header by which `with_raw_response` and `with_streaming_response` tell `request` what to return."""
 
-_sending: ContextVar[Exchange | None] = ContextVar("scepsy_openai_sending", default=None)
+
+class _Sending:
+    """A request that is being sent, current meanwhile, with the headers that it is to carry in its options."""
+
+    __slots__ = ("exchange", "given", "headers", "options", "token")
+
+    def __init__(self, exchange: Exchange, options: Any, own_headers: Mapping[str, Any]) -> None:
+        self.exchange = exchange
+        self.options = options
+        self.token = attach(exchange.handle)
+        self.given = self.headers = options.headers
+        try:
+            known = self.given if isinstance(self.given, Mapping) else {}
+            if not any(name.lower() == "traceparent" for name in (*known, *own_headers)):
+                # In the options, not in the request that is made of them: HTTP headers are slow to change.
+                options.headers = self.headers = {**known, **exchange.handle.traceparent()}
+        except Exception as error:  # noqa: BLE001 - without these headers the call is still captured
+            tell("openai: trace headers", error)
+
+    def leave(self) -> None:
+        """It is sent, or has failed; the options may be the program's own, which sends them again."""
+        detach(self.token)
+        if self.options.headers is self.headers:
+            self.options.headers = self.given
 
 
 @harmless
-def _begin(client: Any, options: Any, streamed: bool) -> Exchange | None:  # noqa: FBT001 - as the client passes it on
-    operation = _OPERATIONS.get(options.url.removeprefix("/v1").removeprefix("/v2"))
+def _begin(client: Any, options: Any, streamed: bool) -> _Sending | None:  # noqa: FBT001 - as the client passes it on
+    operation = _OPERATIONS.get(options.url) or _OPERATIONS.get(options.url.removeprefix("/v1").removeprefix("/v2"))
     if operation is None or options.method.lower() != "post" or muted():
         return None
     body = options.json_data
@@ -58,7 +91,7 @@ def _begin(client: Any, options: Any, streamed: bool) -> Exchange | None:  # noq
             note_question(exchange.handle, body)
         if streamed and settings.include_usage:
             _ask_for_usage(exchange, options, body)
-    return exchange
+    return _Sending(exchange, options, getattr(client, "_custom_headers", None) or {})
 
 
 @harmless
@@ -75,18 +108,6 @@ def _ask_for_usage(exchange: Exchange, options: Any, body: dict[str, Any]) -> No
     if "include_usage" not in chosen:
         options.json_data = {**body, "stream_options": {**chosen, "include_usage": True}}
         exchange.hides_usage = True
-
-
-@harmless
-def _enter(exchange: Exchange) -> tuple[Token[Exchange | None], object]:
-    return _sending.set(exchange), attach(exchange.handle)
-
-
-@harmless
-def _leave(tokens: tuple[Token[Exchange | None], object] | None) -> None:
-    if tokens is not None:
-        detach(tokens[1])
-        _sending.reset(tokens[0])
 
 
 @harmless
@@ -109,121 +130,122 @@ def _failed(exchange: Exchange, error: BaseException) -> None:
 
 
 @harmless
-def _attempt(request: Any) -> None:
-    exchange = _sending.get()
-    if exchange is not None:
-        exchange.attempt()
-        headers = request.headers
-        if "traceparent" not in headers:
-            for name, value in exchange.handle.traceparent().items():
-                headers[name] = value
+def _leave(sending: _Sending) -> None:
+    sending.leave()
+
+
+def _current() -> Exchange | None:
+    handle = current_handle()
+    exchange = None if handle is None else handle.exchange
+    return exchange if isinstance(exchange, Exchange) else None
 
 
 @harmless
 def _backoff() -> None:
-    exchange = _sending.get()
+    exchange = _current()
     if exchange is not None:
         exchange.backoff()
 
 
 @harmless
+def _attempt_again() -> None:
+    exchange = _current()
+    if exchange is not None:
+        exchange.attempt()
+
+
+@harmless
 def _arrived() -> None:
-    exchange = _sending.get()
+    exchange = _current()
     if exchange is not None:
         exchange.arrived()
 
 
-def _request(wrapped: Callable[..., Any], client: Any, cast_to: Any, options: Any, **kwargs: Any) -> Any:
-    exchange = _begin(client, options, bool(kwargs.get("stream")))
-    if exchange is None:
-        return wrapped(cast_to, options, **kwargs)
-    tokens = _enter(exchange)
-    try:
-        answer = wrapped(cast_to, options, **kwargs)
-    except BaseException as error:
-        _failed(exchange, error)
-        raise
-    finally:
-        _leave(tokens)
-    _answered(exchange, answer)
-    return answer
+def _request(patch: Patch) -> Method:
+    original = patch.original
+
+    def request(client: Any, cast_to: Any, options: Any, **kwargs: Any) -> Any:
+        sending = _begin(client, options, bool(kwargs.get("stream"))) if patch.on else None
+        if sending is None:
+            return original(client, cast_to, options, **kwargs)
+        try:
+            answer = original(client, cast_to, options, **kwargs)
+        except BaseException as error:
+            _failed(sending.exchange, error)
+            raise
+        finally:
+            _leave(sending)
+        _answered(sending.exchange, answer)
+        return answer
+
+    return request
 
 
-async def _async_request(wrapped: Callable[..., Any], client: Any, cast_to: Any, options: Any, **kwargs: Any) -> Any:
-    exchange = _begin(client, options, bool(kwargs.get("stream")))
-    if exchange is None:
-        return await wrapped(cast_to, options, **kwargs)
-    tokens = _enter(exchange)
-    try:
-        answer = await wrapped(cast_to, options, **kwargs)
-    except BaseException as error:
-        _failed(exchange, error)
-        raise
-    finally:
-        _leave(tokens)
-    _answered(exchange, answer)
-    return answer
+def _async_request(patch: Patch) -> Method:
+    original = patch.original
+
+    async def request(client: Any, cast_to: Any, options: Any, **kwargs: Any) -> Any:
+        sending = _begin(client, options, bool(kwargs.get("stream"))) if patch.on else None
+        if sending is None:
+            return await original(client, cast_to, options, **kwargs)
+        try:
+            answer = await original(client, cast_to, options, **kwargs)
+        except BaseException as error:
+            _failed(sending.exchange, error)
+            raise
+        finally:
+            _leave(sending)
+        _answered(sending.exchange, answer)
+        return answer
+
+    return request
 
 
-def _prepare_request(wrapped: Callable[..., Any], _client: Any, request: Any) -> Any:
-    _attempt(request)
-    return wrapped(request)
+def _sleep_for_retry(patch: Patch) -> Method:
+    def sleep(client: Any, *args: Any, **kwargs: Any) -> Any:
+        if not patch.on:
+            return patch.original(client, *args, **kwargs)
+        _backoff()
+        slept = patch.original(client, *args, **kwargs)
+        _attempt_again()
+        return slept
+
+    return sleep
 
 
-def _sleep_for_retry(wrapped: Callable[..., Any], _client: Any, *args: Any, **kwargs: Any) -> Any:
-    _backoff()
-    return wrapped(*args, **kwargs)
+def _async_sleep_for_retry(patch: Patch) -> Method:
+    async def sleep(client: Any, *args: Any, **kwargs: Any) -> Any:
+        if not patch.on:
+            return await patch.original(client, *args, **kwargs)
+        _backoff()
+        slept = await patch.original(client, *args, **kwargs)
+        _attempt_again()
+        return slept
+
+    return sleep
 
 
-def _process_response(wrapped: Callable[..., Any], _client: Any, *args: Any, **kwargs: Any) -> Any:
-    _arrived()
-    return wrapped(*args, **kwargs)
+def _process_response(patch: Patch) -> Method:
+    original = patch.original
+
+    def process(client: Any, *args: Any, **kwargs: Any) -> Any:
+        if patch.on:
+            _arrived()
+        return original(client, *args, **kwargs)
+
+    return process
 
 
-_Hook = Callable[..., Any]
-"""What runs in place of a bound method: called with that method, the client, and the method's arguments."""
-
-
-def _hooks(*, asynchronous: bool) -> dict[str, _Hook]:
+def _hooks(*, asynchronous: bool) -> dict[str, Callable[[Patch], Method]]:
     return {
         "request": _async_request if asynchronous else _request,
-        "_prepare_request": _prepare_request,
-        "_sleep_for_retry": _sleep_for_retry,
+        "_sleep_for_retry": _async_sleep_for_retry if asynchronous else _sleep_for_retry,
         "_process_response": _process_response,
     }
 
 
-class _ClassPatch:
-    """One method of a class with a hook around it, until it is undone."""
-
-    def __init__(self, owner: type, name: str, hook: _Hook) -> None:
-        self.owner = owner
-        self.name = name
-        self.on = True
-        self.own = name in vars(owner)
-        self.original = original = getattr(owner, name)
-
-        @functools.wraps(original)
-        def method(client: Any, *args: Any, **kwargs: Any) -> Any:
-            if self.on and _INSTRUMENTED not in vars(client):
-                return hook(functools.partial(original, client), client, *args, **kwargs)
-            return original(client, *args, **kwargs)
-
-        self.replacement = method
-        setattr(owner, name, method)
-
-    def undo(self) -> None:
-        """Restore the method; if somebody else has wrapped it since, only fall silent."""
-        self.on = False
-        if vars(self.owner).get(self.name) is not self.replacement:
-            return
-        if self.own:
-            setattr(self.owner, self.name, self.original)
-        else:
-            delattr(self.owner, self.name)
-
-
-_INSTRUMENTED: Final = "_scepsy_instrumented"
+_patches: Final[list[Patch]] = []
+_OF_CLIENT: Final = "_scepsy_patches"
 
 
 def instrument_client(client: object) -> Callable[[], None] | None:
@@ -231,36 +253,28 @@ def instrument_client(client: object) -> Callable[[], None] | None:
     openai = sys.modules.get("openai")
     if openai is None or not isinstance(client, (openai.OpenAI, openai.AsyncOpenAI)):
         return None
-    own = vars(client)
-    if _INSTRUMENTED in own:
+    if _patches or _OF_CLIENT in vars(client):  # all clients are hooked, or this one
         return lambda: None
-    hooks = _hooks(asynchronous=isinstance(client, openai.AsyncOpenAI))
-    for name, hook in hooks.items():
-        method = getattr(client, name)
-        setattr(client, name, functools.wraps(method)(functools.partial(hook, method, client)))
 
-    def copying(copy: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(copy)
-        def copied(*args: Any, **kwargs: Any) -> Any:
-            clone = copy(*args, **kwargs)
-            instrument_client(clone)
+    def copying(patch: Patch) -> Method:
+        def copied(client: Any, *args: Any, **kwargs: Any) -> Any:
+            clone = patch.original(client, *args, **kwargs)
+            if patch.on:
+                instrument_client(clone)
             return clone
 
         return copied
 
-    names = ("copy", "with_options")
-    for name in names:
-        setattr(client, name, copying(getattr(client, name)))
-    setattr(client, _INSTRUMENTED, True)
+    hooks = _hooks(asynchronous=isinstance(client, openai.AsyncOpenAI))
+    patches = [Patch(client, name, hook) for name, hook in {**hooks, "copy": copying, "with_options": copying}.items()]
+    vars(client)[_OF_CLIENT] = patches
 
     def undo() -> None:
-        for name in (*hooks, *names, _INSTRUMENTED):
-            own.pop(name, None)
+        for patch in patches:
+            patch.undo()
+        vars(client).pop(_OF_CLIENT, None)
 
     return undo
-
-
-_patches: Final[list[_ClassPatch]] = []
 
 
 def turn_on() -> None:
@@ -269,7 +283,7 @@ def turn_on() -> None:
 
     if not _patches:
         for owner, asynchronous in ((openai.OpenAI, False), (openai.AsyncOpenAI, True)):
-            _patches.extend(_ClassPatch(owner, name, hook) for name, hook in _hooks(asynchronous=asynchronous).items())
+            _patches.extend(Patch(owner, name, hook) for name, hook in _hooks(asynchronous=asynchronous).items())
 
 
 def turn_off() -> None:

@@ -7,9 +7,10 @@ from scepsy.capture.context import ContextThreadPoolExecutor, propagate
 from scepsy.capture.decorators import agent, tool, workflow
 from scepsy.capture.exchange import Exchange, end_call
 from scepsy.capture.frame import Frame, async_generator_steps, generator_steps
-from scepsy.capture.handle import Handle, Outcome, attach, detach, how_ended, now_ns
+from scepsy.capture.handle import Handle, Outcome, attach, current_handle, detach, how_ended, now_ns
 from scepsy.capture.imports import FrameworkHook
 from scepsy.capture.instrumentation import flush, instrument, uninstrument
+from scepsy.capture.patching import Method, Patch
 from scepsy.capture.recorder import Recorder, muted, recorder
 from scepsy.capture.safety import harmless, tell
 from scepsy.capture.settings import settings
@@ -21,11 +22,14 @@ __all__ = [
     "Frame",
     "FrameworkHook",
     "Handle",
+    "Method",
     "Outcome",
+    "Patch",
     "Recorder",
     "agent",
     "async_generator_steps",
     "attach",
+    "current_handle",
     "detach",
     "end_call",
     "flush",

@@ -6,7 +6,8 @@ import itertools
 import os
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextvars import Token
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 Attribute = str | bool | int | float
 
 HANDLE_KEY: Final = context_api.create_key("scepsy-handle")
+SPAN_KEY: Final = next(iter(trace.set_span_in_context(trace.INVALID_SPAN, Context())))
+"""Where OpenTelemetry keeps the current span in a context."""
 PROPAGATOR: Final = TraceContextTextMapPropagator()
 # Wall time that neither jumps nor runs backwards while this process lives: durations must be right first of all.
 _CLOCK_OFFSET_NS: Final = time.time_ns() - time.perf_counter_ns()
@@ -35,6 +38,17 @@ _SAMPLED: Final = TraceFlags(TraceFlags.SAMPLED)
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_ids.seed)
+
+
+def _read_current() -> Callable[[], Context]:
+    token = context_api.attach(context_api.get_current())
+    context_api.detach(token)
+    # The variable itself, where there is one: OpenTelemetry's function for it is three calls deep.
+    return token.var.get if isinstance(token, Token) else context_api.get_current
+
+
+current_context: Final = _read_current()
+"""The current OpenTelemetry context."""
 
 
 def now_ns() -> int:
@@ -138,20 +152,19 @@ class Handle:
         """Its OpenTelemetry span; without a tracer, one that only identifies it."""
         self.identify()
         if self._span is None:
-            identity = SpanContext(self.trace_id, self.span_id, is_remote=False, trace_flags=_SAMPLED)
-            self._span = NonRecordingSpan(identity)
+            self._span = _Identified(self)
         return self._span
 
     @property
     def context(self) -> Context:
         """An OpenTelemetry context in which this handle and its span are the current ones."""
         if self._context is None:
-            self._context = self.within(context_api.get_current())
+            self._context = self.within(current_context())
         return self._context
 
     def within(self, context: Context) -> Context:
         """`context`, with this handle and its span as the current ones."""
-        return context_api.set_value(HANDLE_KEY, self, trace.set_span_in_context(self.span, context))
+        return Context({**context, HANDLE_KEY: self, SPAN_KEY: self.span})
 
     def is_span(self, span: Span) -> bool:
         """Whether `span` is this handle's."""
@@ -217,14 +230,37 @@ class Handle:
 
     def traceparent(self) -> Mapping[str, str]:
         """The W3C headers that make a server's spans children of this one."""
+        # What OpenTelemetry's propagator writes, without the two contexts that it would be given to read it from.
+        self.identify()
+        if self.recorder.tracer is None:
+            return {"traceparent": f"00-{self.trace_id:032x}-{self.span_id:016x}-01"}
         identity = self.span.get_span_context()
         if not identity.is_valid:
             return {}
-        # What OpenTelemetry's propagator writes, without the two contexts that it would be given to read it from.
         headers = {"traceparent": f"00-{identity.trace_id:032x}-{identity.span_id:016x}-{identity.trace_flags:02x}"}
         if identity.trace_state:
             headers["tracestate"] = identity.trace_state.to_header()
         return headers
+
+
+class _Identified(NonRecordingSpan):
+    """The span of a handle without a tracer: its identity, for those who ask for it."""
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+
+    def get_span_context(self) -> SpanContext:
+        """The handle's identity, as OpenTelemetry has it."""
+        return SpanContext(self._handle.trace_id, self._handle.span_id, is_remote=False, trace_flags=_SAMPLED)
+
+    def __repr__(self) -> str:
+        return f"NonRecordingSpan({self.get_span_context()!r})"
+
+
+def current_handle() -> Handle | None:
+    """The handle that the OpenTelemetry context holds, live or not."""
+    found = current_context().get(HANDLE_KEY)
+    return found if isinstance(found, Handle) else None
 
 
 def how_ended(error: BaseException | None) -> Outcome | None:
@@ -243,7 +279,7 @@ def how_ended(error: BaseException | None) -> Outcome | None:
 
 def attach(handle: Handle) -> object:
     """Make `handle` current; give the result to `detach` in the same thread or task."""
-    return context_api.attach(handle.within(context_api.get_current()))
+    return context_api.attach(handle.within(current_context()))
 
 
 def detach(token: object) -> None:

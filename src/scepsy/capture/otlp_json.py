@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from json.encoder import encode_basestring_ascii
 from typing import Any, Final
 
@@ -63,28 +63,22 @@ def _handle(handle: Handle) -> str:
     if parent and handle.parent is None:
         parent += _ELSEWHERE
     kind = _CLIENT if handle.kind == semconv.KIND_LLM else _INTERNAL
-    attributes = ",".join([_TEXTS.get(type(value), _any)(key, value) for key, value in handle.attributes.items()])
+    attributes = ",".join(
+        [
+            f'{{"key":"{key}","value":{{"stringValue":{encode_basestring_ascii(value)}}}}}'
+            if type(value) is str
+            else f'{{"key":"{key}","value":{{"intValue":"{value}"}}}}'
+            if type(value) is int
+            else f'{{"key":"{key}","value":{json.dumps(_value(value))}}}'
+            for key, value in handle.attributes.items()
+        ]
+    )
     return (
         f'{{"traceId":"{handle.trace_id:032x}","spanId":"{handle.span_id:016x}",{parent}'
         f'"name":{encode_basestring_ascii(handle.name)},"kind":{kind},'
         f'"startTimeUnixNano":"{handle.start_ns}","endTimeUnixNano":"{handle.end_ns}",'
         f'"attributes":[{attributes}]{_FAILED if handle.failed else ""}}}'
     )
-
-
-def _string(key: str, value: Any) -> str:
-    return f'{{"key":"{key}","value":{{"stringValue":{encode_basestring_ascii(value)}}}}}'
-
-
-def _integer(key: str, value: Any) -> str:
-    return f'{{"key":"{key}","value":{{"intValue":"{value}"}}}}'
-
-
-def _any(key: str, value: Any) -> str:
-    return f'{{"key":"{key}","value":{json.dumps(_value(value))}}}'
-
-
-_TEXTS: Final[dict[type, Callable[[str, Any], str]]] = {str: _string, int: _integer}
 
 
 def _span(span: ReadableSpan, *, whole: bool) -> dict[str, Any]:

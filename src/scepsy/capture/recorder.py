@@ -10,15 +10,24 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import Final
+from typing import Any, Final
 
 from opentelemetry import context as context_api
 from opentelemetry import trace
 from opentelemetry.context.context import Context
-from opentelemetry.trace import Tracer, TracerProvider
+from opentelemetry.trace import Span, Tracer, TracerProvider
 
 from scepsy import semconv
-from scepsy.capture.handle import HANDLE_KEY, PROPAGATOR, Attribute, Handle, Outcome, now_ns
+from scepsy.capture.handle import (
+    HANDLE_KEY,
+    PROPAGATOR,
+    SPAN_KEY,
+    Attribute,
+    Handle,
+    Outcome,
+    current_context,
+    now_ns,
+)
 
 Source = Callable[[], Handle | None]
 Sink = Callable[[Handle], None]
@@ -84,23 +93,24 @@ class Recorder:
 
         `given` is what the framework itself names as the parent; the source `without` is not asked.
         """
-        context = context_api.get_current()
+        context = current_context()
         best = _nearest_live(given)
-        attached = context.get(HANDLE_KEY)
-        mine: Handle | None = attached if isinstance(attached, Handle) else None
+        mine: Any = context.get(HANDLE_KEY)
         # What is attached is around the caller even if it has ended: a task that outlives its workflow is still its.
         if mine is not None and (best is None or mine.start_ns > best.start_ns):
             best = mine
         for source in self.sources:
             if source is without:
                 continue
-            found = _nearest_live(source())
+            found = source()
+            while found is not None and not found.live:
+                found = found.parent
             if found is not None and (best is None or found.start_ns > best.start_ns):
                 best = found
-        span = trace.get_current_span(context)
-        if span is trace.INVALID_SPAN or (mine is not None and mine.is_span(span)):
+        span = context.get(SPAN_KEY)
+        if span is None or (mine is not None and mine.is_span(span)):
             return best, None
-        if not span.get_span_context().is_valid:
+        if not isinstance(span, Span) or not span.get_span_context().is_valid:
             return best, None
         started_ns = getattr(span, "start_time", None)
         if best is None:
@@ -208,7 +218,7 @@ def _nearest_live(handle: Handle | None) -> Handle | None:
 
 def muted() -> bool:
     """Whether instrumentation is muted in the current OpenTelemetry context."""
-    return bool(context_api.get_value(_SUPPRESS_KEY))
+    return bool(current_context().get(_SUPPRESS_KEY))
 
 
 recorder: Final = Recorder()

@@ -12,12 +12,15 @@ _guarded: Final[dict[asyncio.Task[Any], set[Handle]]] = {}
 """The calls that each unfinished task has opened."""
 
 
+def current_task() -> asyncio.Task[Any] | None:
+    """The asyncio task that runs now; None in a thread without an event loop as well."""
+    loop = asyncio._get_running_loop()  # noqa: SLF001 - documented; the other way to ask raises, which takes long
+    return None if loop is None else asyncio.current_task(loop)
+
+
 def guard_task(handle: Handle) -> None:
     """End `handle` as cancelled if the current asyncio task finishes before it does."""
-    try:
-        task = asyncio.current_task()
-    except RuntimeError:  # no event loop runs in this thread
-        return
+    task = current_task()
     if task is None:
         return
     handles = _guarded.get(task)
@@ -42,17 +45,15 @@ def settle_task(parent: Handle) -> None:
     """`parent` ends in the current task: calls below it that this very task was waiting for are over as well."""
     if not _guarded:
         return
-    try:
-        task = asyncio.current_task()
-    except RuntimeError:
+    task = current_task()
+    guarded = None if task is None else _guarded.get(task)
+    if not guarded:
         return
-    if task is None or task not in _guarded:
-        return
-    for handle in list(_guarded[task]):
+    for handle in list(guarded):
         if not handle.live:
-            _guarded[task].discard(handle)
+            guarded.discard(handle)
         elif _is_below(handle, parent):
-            _guarded[task].discard(handle)
+            guarded.discard(handle)
             _cancel(handle)
 
 
