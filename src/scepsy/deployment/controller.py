@@ -12,12 +12,13 @@ import errno
 import json
 import os
 import signal
+import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import aiohttp
 from aiohttp import web
@@ -25,16 +26,21 @@ from aiohttp import web
 from scepsy.deployment import change, probe, processes
 from scepsy.deployment.affinity import Affinity
 from scepsy.deployment.changing import carry_out
-from scepsy.deployment.fleet import Fleet
+from scepsy.deployment.fleet import Endpoint, Fleet
 from scepsy.deployment.forward import MAX_BODY_BYTES, client, server_options
+from scepsy.deployment.front import HAProxyFront
 from scepsy.deployment.gateway import Gateway
 from scepsy.deployment.mps import MpsDaemon
 from scepsy.deployment.shimmed import StartError
+from scepsy.deployment.specs import LOOPBACK
 from scepsy.deployment.state import API_KEY, DETACH, Order, State, forget, read_order, write_state
 from scepsy_optimizer.errors import ScepsyError
 
 if TYPE_CHECKING:
     from scepsy.collect.calls import Recorder
+
+
+_BACKLOG: Final = 1024
 
 
 class Controller:
@@ -53,16 +59,30 @@ class Controller:
         logs = directory / "logs"
         logs.mkdir(exist_ok=True)
         self._changing: asyncio.Task[None] | None = None
+        self._front: HAProxyFront | None = None
         self._fleet = fleet = Fleet(order, logs=logs, session=session, on_change=self._note, on_event=_say)
+        api_key = os.environ.pop(API_KEY, None)
+        affinity = Affinity.parsed(order.affinity) if order.affinity is not None else None
         self.gateway = Gateway(
             fleet.pools,
             session,
             models=fleet.models,
             status=self.status,
             recorder=recorder,
-            affinity=Affinity.parsed(order.affinity) if order.affinity is not None else None,
-            api_key=os.environ.pop(API_KEY, None),
+            affinity=affinity,
+            api_key=api_key,
         )
+        if order.endpoint == "haproxy":
+            self._front = HAProxyFront(
+                self.gateway,
+                fleet.pools,
+                directory=directory,
+                api_key=api_key,
+                session_header=affinity.header if affinity is not None else None,
+                on_change=self._note,
+                on_event=_say,
+            )
+        self.endpoint: Endpoint = self._front or self.gateway
 
     def status(self) -> Mapping[str, Any]:
         """What runs now, in plain values."""
@@ -72,7 +92,7 @@ class Controller:
             "ready": self._ready,
             "pid": os.getpid(),
             "up_s": round(time.time() - self._begun, 3),
-            "in_flight": self.gateway.in_flight,
+            "in_flight": self.endpoint.in_flight,
             "replicas": self._fleet.status(self._order),
         }
 
@@ -88,7 +108,9 @@ class Controller:
     async def run(self) -> None:
         """Serve until told to end. Raises ScepsyError if the start fails; nothing is then left."""
         async with AsyncExitStack() as stack:
-            self._port = await stack.enter_async_context(_served(self.gateway, self._order))
+            listener = stack.enter_context(_listening(self._order))
+            self._port = int(listener.getsockname()[1])
+            await self._answer(stack, listener)
             self._note()
             stack.push_async_callback(self._stop)
             told = asyncio.ensure_future(self._told.wait())
@@ -99,6 +121,18 @@ class Controller:
             with contextlib.suppress(asyncio.CancelledError):
                 await work
         forget(self._directory)
+
+    async def _answer(self, stack: AsyncExitStack, listener: socket.socket) -> None:
+        """Take requests on the socket, by the gateway or what is before it."""
+        if self._front is None:
+            await stack.enter_async_context(_served(self.gateway, listener))
+            return
+        behind = stack.enter_context(socket.create_server((LOOPBACK, 0), backlog=_BACKLOG))
+        await stack.enter_async_context(_served(self.gateway, behind))
+        try:
+            await self._front.start(listener, int(behind.getsockname()[1]))
+        except StartError as error:
+            raise ScepsyError(str(error)) from None
 
     async def _work(self) -> None:
         try:
@@ -121,7 +155,7 @@ class Controller:
     async def _change(self) -> None:
         while folders := change.waiting(self._directory):
             done = await carry_out(
-                self._directory, folders[0], self._fleet, self.gateway, start_mps=self._start_mps, on_event=_say
+                self._directory, folders[0], self._fleet, self.endpoint, start_mps=self._start_mps, on_event=_say
             )
             self._order = done.after if done is not None else self._order
             self._note()
@@ -131,14 +165,15 @@ class Controller:
             self._changing.cancel()
             await asyncio.gather(self._changing, return_exceptions=True)
         # First the answers, then the engines: an engine that is told ends its answers as if they were whole.
-        await self.gateway.drain(self._order.drain_s if self._ready else 0.0)
+        await self.endpoint.drain(self._order.drain_s if self._ready else 0.0)
         await self._fleet.stop()
         if self._mps is not None:
             await self._mps.stop()
 
     def _note(self) -> None:
         """Write down which processes there are, so that whoever comes after a crash can end them."""
-        kept = [*self._fleet.kept, self._mps.kept if self._mps is not None else None]
+        others = [one.kept for one in (self._mps, self._front) if one is not None]
+        kept = [*self._fleet.kept, *others]
         state = State(
             name=self._order.name,
             boot=processes.boot_id(),
@@ -149,22 +184,31 @@ class Controller:
             kept=tuple(one for one in kept if one is not None),
         )
         write_state(self._directory, state)
+        if self._front is not None:
+            self._front.look()
+
+
+@contextmanager
+def _listening(order: Order) -> Iterator[socket.socket]:
+    """A socket on the order's port, which is chosen here if it is 0. Raises ScepsyError if it is taken."""
+    try:
+        family = socket.getaddrinfo(order.host, order.port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.create_server((order.host, order.port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise ScepsyError(_cannot_bind(error, order)) from error
+    with listener:
+        yield listener
 
 
 @asynccontextmanager
-async def _served(gateway: Gateway, order: Order) -> AsyncIterator[int]:
-    """The gateway on its port, which is chosen here if the order's is 0. Raises ScepsyError if it is taken."""
+async def _served(gateway: Gateway, listener: socket.socket) -> AsyncIterator[None]:
     app = web.Application(client_max_size=MAX_BODY_BYTES)
     gateway.add_routes(app)
     runner = web.AppRunner(app, shutdown_timeout=0.1, **server_options())
     await runner.setup()
     try:
-        site = web.TCPSite(runner, order.host, order.port, backlog=1024)
-        try:
-            await site.start()
-        except OSError as error:
-            raise ScepsyError(_cannot_bind(error, order)) from error
-        yield int(runner.addresses[0][1])
+        await web.SockSite(runner, listener, backlog=_BACKLOG).start()
+        yield
     finally:
         await runner.cleanup()
 

@@ -75,6 +75,10 @@ class Gateway:
         """Show no more of a replica that has left its pool."""
         self._metrics.forget(backend)
 
+    async def empty(self, backend: Backend, timeout_s: float) -> bool:
+        """Wait until a replica, which must not be ready, has answered what it has; False where time ran out."""
+        return await self._pools[backend.llm].drain(backend, timeout_s)
+
     async def drain(self, timeout_s: float) -> None:
         """Take no new requests, wait for those in flight, and break off those that outlast the time."""
         self._draining = True
