@@ -148,7 +148,7 @@ class HAProxyFront:
         idle = 0
         # Twice: a request may have been given its replica, and not be counted there yet.
         while idle < 2:
-            await self._look_now()
+            await self.count()
             idle = 0 if any(backend.outstanding + backend.outstanding_beside for backend in backends) else idle + 1
             if idle < 2:
                 if asyncio.get_running_loop().time() > deadline_s:
@@ -169,7 +169,7 @@ class HAProxyFront:
                 self._on_event(f"HAProxy ended unasked ({exit_text(process.ended.result())}); starting it again")
                 await self._again()
             else:
-                await self._look_now()
+                await self.count()
 
     async def _again(self) -> None:
         while True:
@@ -210,8 +210,11 @@ class HAProxyFront:
         for backend in self._all():
             backend.outstanding_beside = 0
 
-    async def _look_now(self) -> None:
-        """Tell HAProxy what has changed, and count what it does; while it is being started again there is nothing."""
+    async def count(self) -> None:
+        """Tell HAProxy at once what has changed, and count what it does.
+
+        While it is being started again there is nothing to tell, nor to count.
+        """
         if self._process is None or self._process.ended.done():
             return
         self._changed.clear()

@@ -40,6 +40,8 @@ _ERRORS: Final = {
     503: "no replica could be reached",
     504: "a replica did not answer in time",
 }
+_HOPS: Final = "^(keep-alive|proxy-authenticate|proxy-authorization|proxy-connection|te|trailer)$"
+_ANSWERS: Final = tuple(f"hrsp_{kind}" for kind in ("2xx", "3xx", "4xx", "5xx", "other"))
 _ANSWER_TIMEOUT_S: Final = 10.0
 
 
@@ -107,18 +109,26 @@ def configuration(
             f'bind "fd@${{{LISTENER}}}"',
             "http-request use-service prometheus-exporter if { path /metrics } { method GET }",
             *admitted,
+            # One that names headers of the connection is left to the gateway, which leaves them out.
+            "acl is_plain req.fhdr_cnt(connection) eq 0",
+            "acl is_plain req.fhdr(connection) -i keep-alive close",
             f"http-request set-var(txn.llm) req.body,json_query('$.model'),hex,map_str({MAP}) "
-            "if { method POST } !{ req.hdr(upgrade) -m found }",
+            "if { method POST } { req.ver 1.1 } is_plain",
             f"use_backend %[var(txn.llm)] if {{ var(txn.llm) -m found }} {condition}{{ var(txn.llm),nbsrv gt 0 }}",
+            # An answer of unknown length must end for them with the connection.
+            "use_backend gateway-once if { req.ver 1.0 }",
             "default_backend gateway",
         ],
         "backend gateway": [f"server gateway 127.0.0.1:{gateway_port}"],
+        "backend gateway-once": ["option httpclose", f"server gateway 127.0.0.1:{gateway_port}"],
     }
     for name in backends:
         sections[f"backend {name}"] = [
             *balance,
             "option httpchk GET /health",
             "timeout check 10s",
+            f"http-request del-header {_HOPS} -m reg",
+            f"http-response del-header {_HOPS} -m reg",
             *(["http-request del-header authorization"] if has_key else []),
             "http-response set-header x-scepsy-replica %s",
         ]
@@ -145,6 +155,7 @@ class Load:
 
     now: int
     ever: int
+    """Answered."""
 
 
 class ControlError(Exception):
@@ -174,8 +185,8 @@ async def tell(path: str, command: str, *allowed: str) -> str:
 def loads(text: str) -> Iterator[tuple[str, Load]]:
     """The servers in an answer to `show stat`, by the names of their replicas."""
     for row in csv.DictReader(text.removeprefix("# ").splitlines()):
-        if row["svname"] not in ("FRONTEND", "BACKEND") and row["pxname"] != "gateway":
-            yield row["svname"], Load(now=int(row["scur"]), ever=int(row["stot"]))
+        if row["svname"] not in ("FRONTEND", "BACKEND", "gateway"):
+            yield row["svname"], Load(now=int(row["scur"]), ever=sum(int(row[name] or 0) for name in _ANSWERS))
 
 
 def _error_page(status: int, text: str) -> str:
