@@ -30,10 +30,11 @@ from benchmarks.endpoint_load import MODEL, request
 from scepsy.collect import Recorder, TraceStore
 from scepsy.deployment import haproxy
 from scepsy.deployment.backends import Backend, Pool
-from scepsy.deployment.forward import MAX_BODY_BYTES, client, server_options
+from scepsy.deployment.forward import MAX_BODY_BYTES, server_options
 from scepsy.deployment.front import HAProxyFront
 from scepsy.deployment.gateway import Gateway
 from scepsy.deployment.processes import free_ports
+from scepsy.deployment.upstream import connections
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 ENVIRONMENT: Final = ROOT / ".venv-routers"
@@ -123,7 +124,7 @@ def _run_gateway(told: Connection, engine: int, traces: str | None, front: str |
 
     async def main() -> None:
         async with AsyncExitStack() as stack:
-            session = await stack.enter_async_context(client())
+            engines = await stack.enter_async_context(connections())
             recorder = None
             if traces is not None:
                 recorder = Recorder(TraceStore(Path(traces)))
@@ -131,7 +132,7 @@ def _run_gateway(told: Connection, engine: int, traces: str | None, front: str |
             backend = Backend(id="m-0", llm=MODEL, url=f"http://127.0.0.1:{engine}", ready=True)
             pools = {MODEL: Pool([backend])}
             app = web.Application(client_max_size=MAX_BODY_BYTES)
-            gateway = Gateway(pools, session, models={}, status=dict, recorder=recorder)
+            gateway = Gateway(pools, engines, models={}, status=dict, recorder=recorder)
             gateway.add_routes(app)
             runner = web.AppRunner(app, **server_options())
             await runner.setup()

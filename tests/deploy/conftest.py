@@ -18,9 +18,10 @@ from yarl import URL
 
 from scepsy.deployment import deploy
 from scepsy.deployment.backends import Backend, Pool
-from scepsy.deployment.forward import MAX_BODY_BYTES, client, server_options
+from scepsy.deployment.forward import MAX_BODY_BYTES, server_options
 from scepsy.deployment.front import HAProxyFront
 from scepsy.deployment.gateway import Gateway
+from scepsy.deployment.upstream import connections
 from scepsy_optimizer.cluster import parse_cluster
 from scepsy_optimizer.plan import LLMPlan, Plan, Slot
 from scepsy_optimizer.profile import LLMProfile, Provenance, StepTimes
@@ -305,14 +306,14 @@ async def stage(request, tmp_path):
             url = await stack.enter_async_context(listening(worker.handle))
             llm = "small" if name.startswith("small") else "big/one"
             stage.backends[name] = Backend(id=name, llm=llm, url=url, ready=True)
-        session = await stack.enter_async_context(client())
+        engines = await stack.enter_async_context(connections())
         for llm in ("small", "big/one"):
             backends = [backend for backend in stage.backends.values() if backend.llm == llm]
             stage.pools[llm] = Pool(backends, wait_s=0.1)
         models = {llm: {"id": llm, "object": "model", "created": 1, "owned_by": "scepsy"} for llm in stage.pools}
         options = dict(getattr(request, "param", {}))
         is_fronted = options.pop("front", False)
-        stage.gateway = Gateway(stage.pools, session, models=models, status=lambda: {"name": "test"}, **options)
+        stage.gateway = Gateway(stage.pools, engines, models=models, status=lambda: {"name": "test"}, **options)
         app = web.Application(client_max_size=MAX_BODY_BYTES)
         stage.gateway.add_routes(app)
         runner = web.AppRunner(app, shutdown_timeout=0.1, **server_options())

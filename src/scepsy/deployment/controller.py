@@ -34,6 +34,7 @@ from scepsy.deployment.mps import MpsDaemon
 from scepsy.deployment.shimmed import StartError
 from scepsy.deployment.specs import LOOPBACK
 from scepsy.deployment.state import API_KEY, DETACH, Order, State, forget, read_order, write_state
+from scepsy.deployment.upstream import Connections, connections
 from scepsy_optimizer.errors import ScepsyError
 
 if TYPE_CHECKING:
@@ -47,7 +48,12 @@ class Controller:
     """One deployment, from its order to its end."""
 
     def __init__(
-        self, directory: Path, order: Order, session: aiohttp.ClientSession, recorder: Recorder | None = None
+        self,
+        directory: Path,
+        order: Order,
+        session: aiohttp.ClientSession,
+        engines: Connections,
+        recorder: Recorder | None = None,
     ) -> None:
         self._directory = directory
         self._order = order
@@ -65,7 +71,7 @@ class Controller:
         affinity = Affinity.parsed(order.affinity) if order.affinity is not None else None
         self.gateway = Gateway(
             fleet.pools,
-            session,
+            engines,
             models=fleet.models,
             status=self.status,
             recorder=recorder,
@@ -264,8 +270,8 @@ async def _recorder(order: Order) -> AsyncIterator[Recorder | None]:
 async def _main(directory: Path) -> None:
     order = read_order(directory)
     loop = asyncio.get_running_loop()
-    async with client() as session, _recorder(order) as recorder:
-        controller = Controller(directory, order, session, recorder)
+    async with client() as session, connections() as engines, _recorder(order) as recorder:
+        controller = Controller(directory, order, session, engines, recorder)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(number, controller.end)
         loop.add_signal_handler(signal.SIGUSR1, controller.look)

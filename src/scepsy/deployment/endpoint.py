@@ -27,6 +27,7 @@ from scepsy.deployment.backends import Backend, Pool
 from scepsy.deployment.forward import MAX_BODY_BYTES, client, server_options
 from scepsy.deployment.gateway import Gateway
 from scepsy.deployment.state import API_KEY
+from scepsy.deployment.upstream import connections
 from scepsy_optimizer.errors import ScepsyError
 
 _LOOK_EVERY_S: Final = 2.0
@@ -84,10 +85,10 @@ async def serve(config: Config, host: str, port: int, told: asyncio.Event) -> No
         fields = ("id", "llm", "url", "weight", "ready", "outstanding", "served")
         return {"backends": [{field: getattr(backend, field) for field in fields} for backend in every]}
 
-    async with client() as session:
+    async with client() as session, connections() as engines:
         affinity = Affinity.parsed(config.affinity) if config.affinity is not None else None
         api_key = os.environ.get(API_KEY)
-        gateway = Gateway(pools, session, models=models, status=status, affinity=affinity, api_key=api_key)
+        gateway = Gateway(pools, engines, models=models, status=status, affinity=affinity, api_key=api_key)
         app = web.Application(client_max_size=MAX_BODY_BYTES)
         gateway.add_routes(app)
         runner = web.AppRunner(app, shutdown_timeout=0.1, **server_options())

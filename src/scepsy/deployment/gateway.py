@@ -8,14 +8,14 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-import aiohttp
 from aiohttp import web
 
 from scepsy.deployment.affinity import Affinity
 from scepsy.deployment.backends import Backend, NoBackendError, Pool
-from scepsy.deployment.forward import MAX_BODY_BYTES, BrokenOffError, NoAnswerError, NotConnectedError, exchange, relay
+from scepsy.deployment.forward import MAX_BODY_BYTES, exchange, relay
 from scepsy.deployment.metrics import GatewayMetrics
 from scepsy.deployment.naming import named_model, parsed
+from scepsy.deployment.upstream import BrokenOffError, Connections, NoAnswerError, NotConnectedError
 from scepsy.semconv import ATTEMPTS, REPLICA
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Gateway:
     def __init__(
         self,
         pools: Mapping[str, Pool],
-        session: aiohttp.ClientSession,
+        connections: Connections,
         *,
         models: Mapping[str, Mapping[str, Any]],
         status: Callable[[], Mapping[str, Any]],
@@ -48,7 +48,7 @@ class Gateway:
         have it as bearer token, which goes no further.
         """
         self._pools = pools
-        self._session = session
+        self._connections = connections
         self._models = models
         self._status = status
         self._recorder = recorder
@@ -152,8 +152,8 @@ class Gateway:
             status = 499
             try:
                 carried = call.headers if call is not None else None
-                withheld = () if self._token is None else ("Authorization",)
-                async with exchange(self._session, request, body, backend.url, carried, withheld) as answer:
+                withheld = () if self._token is None else (b"authorization",)
+                async with exchange(self._connections, request, body, backend.url, carried, withheld) as answer:
                     status = answer.status
                     self._metrics.first_byte(name, started_s)
                     if call is not None:
