@@ -132,7 +132,7 @@ async def relay(
     Raises BrokenOffError then, and ConnectionError where the client has gone.
     """
     transport = request.transport
-    if transport is None:
+    if transport is None or transport.is_closing():
         raise ConnectionResetError("the client has gone")
     is_new = request.version >= HttpVersion11
     is_bodiless = request.method == "HEAD" or answer.status in (204, 304)

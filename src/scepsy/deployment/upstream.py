@@ -108,7 +108,7 @@ class Connection(asyncio.Protocol):
         self._is_asked, self._is_bodiless = True, is_bodiless
         self.is_over = self._is_begun = self._is_bounded = self._is_lasting = False
         self._sink = None
-        if self.is_closed:
+        if self.is_closed or self._transport.is_closing():
             self._fail("it closed the connection")
         elif len(body) > _EARLY_BYTES:
             self._transport.write(head)
