@@ -31,6 +31,8 @@ MODELS: Final = json.dumps(
 ).encode()
 END: Final = b"data: [DONE]\n\n"
 LAST_CHUNK: Final = b"0\r\n\r\n"
+# With the end of the chunk before: a header may end in a nought.
+_STREAM_END: Final = b"\r\n" + LAST_CHUNK
 ANSWER_TIMEOUT_S: Final = 60.0
 
 
@@ -209,7 +211,7 @@ class _Follower(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self.parts.append(data)
         # The end may come in two parts; it is short.
-        if (data if len(data) > len(LAST_CHUNK) else b"".join(self.parts[-3:])).endswith(LAST_CHUNK):
+        if (data if len(data) > len(_STREAM_END) else b"".join(self.parts[-4:])).endswith(_STREAM_END):
             self.transport.close()
 
     def connection_lost(self, _error: Exception | None) -> None:
