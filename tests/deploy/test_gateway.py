@@ -39,6 +39,9 @@ async def test_an_answer_lost_before_its_first_byte_is_asked_for_once_more(stage
         assert "ended while answering" in (await answer.json())["error"]["message"]
     # Each replica has seen it once; a third would not have.
     assert [len(stage.workers[name].posted) for name in ("small-0", "small-1")] == [1, 1]
+    async with await stage.post(session, {"model": "big/one", "do": "die"}) as answer:
+        assert answer.status == 502
+    assert len(stage.workers["big-0"].posted) == 2
 
 
 @both()

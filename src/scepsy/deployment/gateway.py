@@ -169,7 +169,9 @@ class Gateway:
             except NoAnswerError:
                 status = 502
                 lost += 1
-                tried.add(backend.id)
+                # Where there is no other it is asked once more: it may only have closed an idle connection.
+                if any(other.ready and other.id not in (backend.id, *tried) for other in pool.backends):
+                    tried.add(backend.id)
                 if lost == _LOST_ANSWERS:
                     return _error(502, f"{lost} replicas of `{name}` ended while answering", "BadGatewayError", None)
                 if call is not None:
