@@ -30,11 +30,11 @@ from benchmarks.endpoint_load import MODEL, request
 from scepsy.collect import Recorder, TraceStore
 from scepsy.deployment import haproxy
 from scepsy.deployment.backends import Backend, Pool
+from scepsy.deployment.connections import connections
 from scepsy.deployment.forward import MAX_BODY_BYTES, server_options
 from scepsy.deployment.front import HAProxyFront
 from scepsy.deployment.gateway import Gateway
 from scepsy.deployment.processes import free_ports
-from scepsy.deployment.upstream import connections
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 ENVIRONMENT: Final = ROOT / ".venv-routers"

@@ -18,10 +18,10 @@ from yarl import URL
 
 from scepsy.deployment import deploy
 from scepsy.deployment.backends import Backend, Pool
+from scepsy.deployment.connections import connections
 from scepsy.deployment.forward import MAX_BODY_BYTES, server_options
 from scepsy.deployment.front import HAProxyFront
 from scepsy.deployment.gateway import Gateway
-from scepsy.deployment.upstream import connections
 from scepsy_optimizer.cluster import parse_cluster
 from scepsy_optimizer.plan import LLMPlan, Plan, Slot
 from scepsy_optimizer.profile import LLMProfile, Provenance, StepTimes

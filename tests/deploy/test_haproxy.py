@@ -97,7 +97,7 @@ async def test_llms_come_and_go(stage, session):
             async with await stage.post(session, {"model": backend.llm}) as answer:
                 assert answer.status == 404
     await stage.known()
-    assert len(stage.front._spare) == haproxy.SPARE_BACKENDS - 1
+    assert len(stage.front._told._spare) == haproxy.SPARE_BACKENDS - 1
     assert stage.events == []
 
 

@@ -7,15 +7,9 @@ import socket
 import pytest
 from aiohttp import web
 
+from scepsy.deployment.connections import Connections, connections, place_of
 from scepsy.deployment.forward import MAX_BODY_BYTES, exchange, relay, server_options
-from scepsy.deployment.upstream import (
-    BrokenOffError,
-    Connections,
-    NoAnswerError,
-    NotConnectedError,
-    connections,
-    place_of,
-)
+from scepsy.deployment.upstream import BrokenOffError, NoAnswerError, NotConnectedError
 
 CLOSE, RESET = "close", "reset"
 
@@ -246,7 +240,7 @@ async def test_an_answer_before_all_is_said(way):
 
 
 async def test_what_is_idle_is_closed(way, monkeypatch):
-    monkeypatch.setattr("scepsy.deployment.upstream._KEEP_ALIVE_S", 0.05)
+    monkeypatch.setattr("scepsy.deployment.connections._KEEP_ALIVE_S", 0.05)
     await way.ask([SIZED + b"hello"])
     await asyncio.sleep(0.2)
     await way.ask([SIZED + b"hello"])
@@ -261,7 +255,7 @@ async def test_a_server_that_nobody_reaches(monkeypatch):
     async def never(*_args, **_options):
         await asyncio.sleep(60)
 
-    monkeypatch.setattr("scepsy.deployment.upstream.CONNECT_S", 0.01)
+    monkeypatch.setattr("scepsy.deployment.connections.CONNECT_S", 0.01)
     monkeypatch.setattr(engines._loop, "create_connection", never)
     with pytest.raises(NotConnectedError, match="no connection within"):
         await engines.get(place_of("http://127.0.0.1:9"))

@@ -9,8 +9,9 @@ from aiohttp import web
 from yarl import URL
 
 from scepsy.collect.calls import RecordedCall, Recorder
+from scepsy.deployment.connections import Connections
 from scepsy.deployment.forward import exchange, relay
-from scepsy.deployment.upstream import BrokenOffError, Connections, NoAnswerError, NotConnectedError
+from scepsy.deployment.upstream import BrokenOffError, NoAnswerError, NotConnectedError
 from scepsy_optimizer.errors import ScepsyError
 
 _SCHEMES: Final = ("http", "https")

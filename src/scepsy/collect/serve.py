@@ -18,8 +18,8 @@ from scepsy.collect.joining import Joiner
 from scepsy.collect.proxy import Upstream
 from scepsy.collect.receiver import Receiver
 from scepsy.collect.store import FILE_BYTES, TraceStore
+from scepsy.deployment.connections import connections
 from scepsy.deployment.forward import server_options
-from scepsy.deployment.upstream import connections
 from scepsy_optimizer.errors import ScepsyError
 
 DEFAULT_PORT: Final = 4318

@@ -8,40 +8,36 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import json
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
-from aiohttp import web
 
-from scepsy.deployment import change, probe, processes
+from scepsy.deployment import change, processes
 from scepsy.deployment.affinity import Affinity
 from scepsy.deployment.changing import carry_out
-from scepsy.deployment.fleet import Endpoint, Fleet
-from scepsy.deployment.forward import MAX_BODY_BYTES, client, server_options
+from scepsy.deployment.connections import Connections, connections
+from scepsy.deployment.fleet import Endpoint, Fleet, together
+from scepsy.deployment.forward import client
 from scepsy.deployment.front import HAProxyFront
 from scepsy.deployment.gateway import Gateway
 from scepsy.deployment.mps import MpsDaemon
+from scepsy.deployment.serving import BACKLOG, listening, served
 from scepsy.deployment.shimmed import StartError
 from scepsy.deployment.specs import LOOPBACK
 from scepsy.deployment.state import API_KEY, DETACH, Order, State, forget, read_order, write_state
-from scepsy.deployment.upstream import Connections, connections
 from scepsy_optimizer.errors import ScepsyError
 
 if TYPE_CHECKING:
     from scepsy.collect.calls import Recorder
-
-
-_BACKLOG: Final = 1024
 
 
 class Controller:
@@ -114,7 +110,7 @@ class Controller:
     async def run(self) -> None:
         """Serve until told to end. Raises ScepsyError if the start fails; nothing is then left."""
         async with AsyncExitStack() as stack:
-            listener = stack.enter_context(_listening(self._order))
+            listener = stack.enter_context(listening(self._order.host, self._order.port))
             self._port = int(listener.getsockname()[1])
             await self._answer(stack, listener)
             self._note()
@@ -131,10 +127,10 @@ class Controller:
     async def _answer(self, stack: AsyncExitStack, listener: socket.socket) -> None:
         """Take requests on the socket, by the gateway or what is before it."""
         if self._front is None:
-            await stack.enter_async_context(_served(self.gateway, listener))
+            await stack.enter_async_context(served(self.gateway, listener))
             return
-        behind = stack.enter_context(socket.create_server((LOOPBACK, 0), backlog=_BACKLOG))
-        await stack.enter_async_context(_served(self.gateway, behind))
+        behind = stack.enter_context(socket.create_server((LOOPBACK, 0), backlog=BACKLOG))
+        await stack.enter_async_context(served(self.gateway, behind))
         try:
             await self._front.start(listener, int(behind.getsockname()[1]))
         except StartError as error:
@@ -149,7 +145,7 @@ class Controller:
             raise ScepsyError(str(error)) from None
         self._ready = True
         report(ready=self._port)
-        await self._fleet.wait()
+        await together([self._fleet.wait(), *([self._front.wait()] if self._front is not None else [])])
 
     async def _start_mps(self, directory: str) -> None:
         if self._mps is not None:
@@ -192,39 +188,6 @@ class Controller:
         write_state(self._directory, state)
         if self._front is not None:
             self._front.look()
-
-
-@contextmanager
-def _listening(order: Order) -> Iterator[socket.socket]:
-    """A socket on the order's port, which is chosen here if it is 0. Raises ScepsyError if it is taken."""
-    try:
-        family = socket.getaddrinfo(order.host, order.port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.create_server((order.host, order.port), family=family, backlog=_BACKLOG)
-    except OSError as error:
-        raise ScepsyError(_cannot_bind(error, order)) from error
-    with listener:
-        yield listener
-
-
-@asynccontextmanager
-async def _served(gateway: Gateway, listener: socket.socket) -> AsyncIterator[None]:
-    app = web.Application(client_max_size=MAX_BODY_BYTES)
-    gateway.add_routes(app)
-    runner = web.AppRunner(app, shutdown_timeout=0.1, **server_options())
-    await runner.setup()
-    try:
-        await web.SockSite(runner, listener, backlog=_BACKLOG).start()
-        yield
-    finally:
-        await runner.cleanup()
-
-
-def _cannot_bind(error: OSError, order: Order) -> str:
-    if error.errno != errno.EADDRINUSE:
-        return f"cannot listen on {order.host}:{order.port}: {error.strerror}"
-    owners = [str(pid) for pid in probe.listeners(order.port) if pid is not None]
-    by = f" by process {', '.join(owners)}" if owners else ""
-    return f"port {order.port} on {order.host} is in use{by}; end that, or give another port (--port)"
 
 
 def _say(text: str) -> None:

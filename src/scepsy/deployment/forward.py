@@ -13,7 +13,8 @@ from typing import Any, Final
 import aiohttp
 from aiohttp import HttpVersion11, web
 
-from scepsy.deployment.upstream import CONNECT_S, BrokenOffError, Connection, Connections, place_of
+from scepsy.deployment.connections import CONNECT_S, Connections, place_of
+from scepsy.deployment.upstream import BrokenOffError, Connection
 
 # RFC 9110, 7.6.1, and those of RFC 2616 that are still seen.
 HOP_BY_HOP: Final = frozenset(

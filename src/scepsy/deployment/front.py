@@ -5,48 +5,22 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from socket import socket
 from typing import Final
 
 from scepsy.deployment.backends import Backend, Pool
 from scepsy.deployment.gateway import Gateway
-from scepsy.deployment.haproxy import (
-    CONTROL,
-    LISTENER,
-    MAP,
-    SPARE_BACKENDS,
-    ControlError,
-    Load,
-    backend_names,
-    configuration,
-    find_binary,
-    key_of,
-    loads,
-    tell,
-)
+from scepsy.deployment.haproxy import CONTROL, LISTENER, MAP, ControlError, configuration, find_binary
 from scepsy.deployment.shimmed import Shimmed, StartError, exit_text
 from scepsy.deployment.state import API_KEY, Kept
+from scepsy.deployment.told import Told
 
 _LOOK_EVERY_S: Final = 0.5
 _POLL_S: Final = 0.05
 _READY_S: Final = 20.0
 _GRACE_S: Final = 2.0
 _AGAIN_S: Final = 1.0
-_MOST_WEIGHT: Final = 256
-_SPARE: Final = "spare-"
-
-
-@dataclass(slots=True, kw_only=True)
-class _Server:
-    """A replica as HAProxy knows it."""
-
-    path: str
-    url: str
-    weight: int
-    is_open: bool = False
-    ever: int = 0
 
 
 class HAProxyFront:
@@ -75,13 +49,11 @@ class HAProxyFront:
         self._on_change = on_change
         self._on_event = on_event
         self._changed = asyncio.Event()
-        self._telling = asyncio.Lock()
         self._process: Shimmed | None = None
         self._keeping: asyncio.Task[None] | None = None
         self._listener: socket | None = None
-        self._backends = backend_names(list(pools))
-        self._spare = [f"{_SPARE}{number}" for number in range(SPARE_BACKENDS)]
-        self._servers: dict[str, _Server] = {}
+        self._told = Told(pools)
+        self._binary = ""
         self._is_closed = False
 
     @property
@@ -97,9 +69,9 @@ class HAProxyFront:
     async def start(self, listener: socket, gateway_port: int) -> None:
         """Begin to answer on the socket, and keep doing so. Raises StartError or ScepsyError."""
         self._listener = listener
-        names = [*self._backends.values(), *self._spare]
+        self._binary = find_binary()
         text = configuration(
-            names,
+            self._told.names,
             gateway_port,
             threads=len(os.sched_getaffinity(0)),
             has_key=self._api_key is not None,
@@ -132,6 +104,11 @@ class HAProxyFront:
         """Wait until a replica, which must not be ready, has answered what it has; False where time ran out."""
         return await self._until_idle([backend], timeout_s) and await self._gateway.empty(backend, _POLL_S)
 
+    async def wait(self) -> None:
+        """Until keeping it up fails for a reason that is not HAProxy's."""
+        assert self._keeping is not None  # noqa: S101 - it was started
+        await asyncio.shield(self._keeping)
+
     async def drain(self, timeout_s: float) -> None:
         """Take no new requests, wait for those in flight, break off those that outlast the time, and end."""
         # All that comes now goes to the gateway, which says that the deployment is stopping.
@@ -149,12 +126,18 @@ class HAProxyFront:
         # Twice: a request may have been given its replica, and not be counted there yet.
         while idle < 2:
             await self.count()
-            idle = 0 if any(backend.outstanding + backend.outstanding_beside for backend in backends) else idle + 1
+            idle = 0 if any(map(self._is_busy, backends)) else idle + 1
             if idle < 2:
                 if asyncio.get_running_loop().time() > deadline_s:
                     return False
                 await asyncio.sleep(_POLL_S)
         return True
+
+    def _is_busy(self, backend: Backend) -> bool:
+        """Whether a replica has requests, or may get one although it should not."""
+        lives = self._process is not None and not self._process.ended.done()
+        may_get = lives and not backend.ready and self._told.may_route_to(backend)
+        return may_get or backend.outstanding + backend.outstanding_beside > 0
 
     async def _keep(self) -> None:
         while True:
@@ -176,7 +159,7 @@ class HAProxyFront:
             await self._end()
             try:
                 await self._launch()
-            except StartError as error:
+            except (StartError, OSError) as error:
                 self._on_event(str(error))
                 await asyncio.sleep(_AGAIN_S)
             else:
@@ -188,14 +171,14 @@ class HAProxyFront:
         log = self._directory / "logs" / "haproxy.log"
         fd = self._listener.fileno()
         env = {LISTENER: str(fd)} | ({API_KEY: self._api_key} if self._api_key is not None else {})
-        argv = [find_binary(), "-db", "-f", str(self._directory / "haproxy.cfg")]
+        argv = [self._binary, "-db", "-f", str(self._directory / "haproxy.cfg")]
         self._process = process = await Shimmed.launch("haproxy", argv, env, log=log, grace_s=_GRACE_S, pass_fds=(fd,))
-        self._servers.clear()
+        self._told.forget()
         self._on_change()
         deadline_s = asyncio.get_running_loop().time() + _READY_S
         while True:
             try:
-                await self._sync()
+                await self._sync(process)
             except ControlError as error:
                 if process.ended.done() or asyncio.get_running_loop().time() > deadline_s:
                     raise StartError(f"HAProxy did not start ({error}); see {log}") from error
@@ -215,94 +198,18 @@ class HAProxyFront:
 
         While it is being started again there is nothing to tell, nor to count.
         """
-        if self._process is None or self._process.ended.done():
+        process = self._process
+        if process is None or process.ended.done():
             return
         self._changed.clear()
         try:
-            await self._sync()
+            await self._sync(process)
         except ControlError as error:
-            if not self._process.ended.done():
+            if not process.ended.done():
                 self._on_event(str(error))
 
-    async def _sync(self) -> None:
-        async with self._telling:
-            await self._tell_map()
-            await self._tell_servers()
-            await self._count()
-
-    async def _tell_map(self) -> None:
-        listed = await self._tell(f"show map {MAP}", "0x")
-        there = {line.split()[1] for line in listed.splitlines()}
-        wanted: dict[str, str] = {}
-        for llm in [llm for llm, name in self._backends.items() if name.startswith(_SPARE) and llm not in self._pools]:
-            if not any(server.path.startswith(f"{self._backends[llm]}/") for server in self._servers.values()):
-                self._spare.append(self._backends.pop(llm))
-        for llm in () if self._is_closed else self._pools:
-            if llm not in self._backends and self._spare:
-                self._backends[llm] = self._spare.pop()
-            if llm in self._backends:
-                wanted[key_of(llm)] = self._backends[llm]
-        for key in there - wanted.keys():
-            await self._tell(f"del map {MAP} {key}")
-        for key in wanted.keys() - there:
-            await self._tell(f"add map {MAP} {key} {wanted[key]}")
-
-    async def _tell_servers(self) -> None:
-        present: set[str] = set()
-        for llm, pool in self._pools.items():
-            most = max((backend.weight for backend in pool.backends), default=1.0)
-            for backend in pool.backends:
-                present.add(backend.id)
-                if llm in self._backends:
-                    weight = max(1, round(_MOST_WEIGHT * backend.weight / most))
-                    await self._tell_server(backend, self._backends[llm], weight)
-        for gone in [name for name in self._servers if name not in present]:
-            server = self._servers[gone]
-            await self._tell(f"set server {server.path} state maint")
-            # What it had has been answered; a connection that is still closing is looked at again.
-            if (await self._tell(f"del server {server.path}", "Server deleted", "Server still")).endswith("deleted."):
-                del self._servers[gone]
-
-    async def _tell_server(self, backend: Backend, name: str, weight: int) -> None:
-        path = f"{name}/{backend.id}"
-        address = backend.url.removeprefix("http://")
-        server = self._servers.get(backend.id)
-        if server is None:
-            if not backend.ready:
-                return
-            # Connections are closed before an engine would close them.
-            await self._tell(
-                f"add server {path} {address} weight {weight} check inter 2s fall 3 rise 1 pool-purge-delay 2s",
-                "New server registered",
-            )
-            await self._tell(f"enable health {path}")
-            server = self._servers[backend.id] = _Server(path=path, url=backend.url, weight=weight)
-        if server.url != backend.url:
-            host, _, port = address.rpartition(":")
-            await self._tell(f"set server {path} addr {host} port {port}", "IP changed", "port changed", "no need")
-            server.url = backend.url
-        if server.weight != weight:
-            await self._tell(f"set server {path} weight {weight}")
-            server.weight = weight
-        if server.is_open != backend.ready:
-            await self._tell(f"set server {path} state {'ready' if backend.ready else 'maint'}")
-            server.is_open = backend.ready
-
-    async def _count(self) -> None:
-        counted: dict[str, Load] = dict(loads(await self._tell("show stat -1 4 -1", "#")))
-        for backend in self._all():
-            load = counted.get(backend.id, Load(now=0, ever=0))
-            backend.outstanding_beside = load.now
-            server = self._servers.get(backend.id)
-            if server is not None:
-                backend.served += load.ever - server.ever
-                server.ever = load.ever
-
-    async def _tell(self, command: str, *allowed: str) -> str:
-        process = self._process
-        if process is None:
-            raise ControlError("HAProxy has ended")
-        return await tell(f"{process.kept.scratch}/{CONTROL}", command, *allowed)
+    async def _sync(self, process: Shimmed) -> None:
+        await self._told.sync(f"{process.kept.scratch}/{CONTROL}", is_closed=self._is_closed)
 
     def _all(self) -> list[Backend]:
         return [backend for pool in self._pools.values() for backend in pool.backends]

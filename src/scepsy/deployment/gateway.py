@@ -12,10 +12,11 @@ from aiohttp import web
 
 from scepsy.deployment.affinity import Affinity
 from scepsy.deployment.backends import Backend, NoBackendError, Pool
+from scepsy.deployment.connections import Connections
 from scepsy.deployment.forward import MAX_BODY_BYTES, exchange, relay
 from scepsy.deployment.metrics import GatewayMetrics
 from scepsy.deployment.naming import named_model, parsed
-from scepsy.deployment.upstream import BrokenOffError, Connections, NoAnswerError, NotConnectedError
+from scepsy.deployment.upstream import BrokenOffError, NoAnswerError, NotConnectedError
 from scepsy.semconv import ATTEMPTS, REPLICA
 
 if TYPE_CHECKING:

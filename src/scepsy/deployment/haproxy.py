@@ -184,10 +184,13 @@ async def tell(path: str, command: str, *allowed: str) -> str:
 
 
 def loads(text: str) -> Iterator[tuple[str, Load]]:
-    """The servers in an answer to `show stat`, by the names of their replicas."""
+    """The servers in an answer to `show stat`, by backend and name."""
     for row in csv.DictReader(text.removeprefix("# ").splitlines()):
         if row["svname"] not in ("FRONTEND", "BACKEND", "gateway"):
-            yield row["svname"], Load(now=int(row["scur"]), ever=sum(int(row[name] or 0) for name in _ANSWERS))
+            yield (
+                f"{row['pxname']}/{row['svname']}",
+                Load(now=int(row["scur"]), ever=sum(int(row[name] or 0) for name in _ANSWERS)),
+            )
 
 
 def _error_page(status: int, text: str) -> str:

@@ -24,12 +24,12 @@ from aiohttp import web
 
 from scepsy.deployment import machine, processes
 from scepsy.deployment.backends import Backend, Pool
+from scepsy.deployment.connections import connections
 from scepsy.deployment.forward import MAX_BODY_BYTES, client, server_options
 from scepsy.deployment.gateway import Gateway
 from scepsy.deployment.on_ray.order import EVERYWHERE, PROFILE, RayOrder, RayReplica
 from scepsy.deployment.replica import Replica
 from scepsy.deployment.shimmed import StartError
-from scepsy.deployment.upstream import connections
 
 T = TypeVar("T")
 
