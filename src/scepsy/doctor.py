@@ -68,7 +68,9 @@ def examine(
 
 
 def _extras() -> Finding:
-    missing = [name for name in ("aiohttp", "prometheus_client", "psutil", "uvloop") if not _importable(name)]
+    missing = [
+        name for name in ("aiohttp", "httptools", "prometheus_client", "psutil", "uvloop") if not _importable(name)
+    ]
     if missing:
         advice = "pip install 'scepsy[deploy]'"
         return Finding(name="packages", state="missing", text=", ".join(missing), advice=advice, needed=True)

@@ -15,6 +15,7 @@ from scepsy.deployment import deploy
 from scepsy.deployment.on_ray import deploy_on_ray
 from scepsy.files import load_plan
 from scepsy.inputs import resolve_cluster_profiles
+from scepsy_optimizer.errors import ScepsyError
 
 HELP = "start the engines of a plan behind one OpenAI-compatible endpoint"
 
@@ -30,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KIND",
         help="send requests that belong together to one replica: session:HEADER, or prefix (of the prompt)",
     )
+    parser.add_argument(
+        "--endpoint",
+        choices=("gateway", "haproxy"),
+        default="gateway",
+        help="what takes the requests: the built-in gateway (default), or HAProxy before it, for thousands per second",
+    )
     parser.add_argument("--detach", action="store_true", help="return when ready; end it with scepsy stop")
     parser.add_argument(
         "--to", choices=("local", "ray", "kubernetes"), default="local", help="where (default: local, this machine)"
@@ -41,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> int:
     """Start, wait until told to end, stop."""
     plan = load_plan(args.plan)
+    if args.endpoint != "gateway" and args.to != "local":
+        raise ScepsyError(f"--endpoint {args.endpoint} is for --to local; with --to {args.to} leave it out")
     if args.to == "kubernetes":
         return kubernetes.run(plan, args, console)
     profiles = None
@@ -73,6 +82,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         detach=args.detach,
         record=args.record,
         affinity=args.affinity,
+        endpoint=args.endpoint,
         on_event=lambda event: console.print(event, soft_wrap=True, markup=False, highlight=False),
     )
     console.print(f"ready: OPENAI_BASE_URL={deployment.url}", soft_wrap=True)

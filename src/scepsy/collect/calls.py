@@ -13,12 +13,13 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final
 
 import orjson
-from aiohttp import ClientResponse, web
+from aiohttp import web
 
 from scepsy import semconv
 from scepsy.collect.joining import Group, Joiner, Membership
 from scepsy.collect.store import FullError, TraceStore
 from scepsy.collect.usage import AnswerReader
+from scepsy.deployment.upstream import Connection
 
 OPERATIONS: Final = {
     "/v1/chat/completions": semconv.CHAT,
@@ -170,11 +171,11 @@ class RecordedCall:
         """Add an attribute."""
         self._attributes[key] = value
 
-    def answered(self, answer: ClientResponse) -> None:
+    def answered(self, answer: Connection) -> None:
         """The head of the answer is here."""
         self._status = answer.status
         if answer.status == 200:
-            self._reader = AnswerReader(answer.content_type, answer.headers.get("Content-Encoding", "").lower())
+            self._reader = AnswerReader(answer.content_type, answer.header(b"content-encoding").lower())
 
     def chunk(self, piece: bytes) -> None:
         """A piece of the answer passes by."""

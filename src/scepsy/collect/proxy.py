@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Final
 
-import aiohttp
 import orjson
 from aiohttp import web
 from yarl import URL
 
 from scepsy.collect.calls import RecordedCall, Recorder
-from scepsy.deployment.forward import BrokenOffError, NoAnswerError, NotConnectedError, exchange, relay
+from scepsy.deployment.connections import Connections
+from scepsy.deployment.forward import exchange, relay
+from scepsy.deployment.upstream import BrokenOffError, NoAnswerError, NotConnectedError
 from scepsy_optimizer.errors import ScepsyError
 
 _SCHEMES: Final = ("http", "https")
@@ -22,7 +23,7 @@ class Upstream:
     `url` may end with /v1, as a client's base URL does: clients give the proxy's address in its place.
     """
 
-    def __init__(self, url: str, session: aiohttp.ClientSession, recorder: Recorder) -> None:
+    def __init__(self, url: str, connections: Connections, recorder: Recorder) -> None:
         """Raises ScepsyError for what is no URL of a server."""
         try:
             parsed = URL(url.rstrip("/").removesuffix("/v1"))
@@ -32,7 +33,7 @@ class Upstream:
             raise ScepsyError(f"upstream {url!r}: write a URL such as http://127.0.0.1:8000/v1")
         self.url = str(parsed).rstrip("/")
         self._host = {"Host": parsed.raw_authority.rpartition("@")[2]}
-        self._session = session
+        self._connections = connections
         self._recorder = recorder
 
     async def forward(self, request: web.Request) -> web.StreamResponse:
@@ -52,7 +53,7 @@ class Upstream:
     async def _send(self, request: web.Request, body: bytes, call: RecordedCall | None) -> web.StreamResponse:
         extra = {**self._host, **(call.headers if call is not None else {})}
         try:
-            async with exchange(self._session, request, body, self.url, extra) as answer:
+            async with exchange(self._connections, request, body, self.url, extra) as answer:
                 if call is not None:
                     call.answered(answer)
                 return await relay(request, answer, on_chunk=call.chunk if call is not None else None)

@@ -18,7 +18,8 @@ from scepsy.collect.joining import Joiner
 from scepsy.collect.proxy import Upstream
 from scepsy.collect.receiver import Receiver
 from scepsy.collect.store import FILE_BYTES, TraceStore
-from scepsy.deployment.forward import client, server_options
+from scepsy.deployment.connections import connections
+from scepsy.deployment.forward import server_options
 from scepsy_optimizer.errors import ScepsyError
 
 DEFAULT_PORT: Final = 4318
@@ -69,8 +70,8 @@ async def collecting(
         app = web.Application(client_max_size=_MAX_BODY_BYTES)
         receiver.add_routes(app)
         if upstream is not None:
-            session = await stack.enter_async_context(client())
-            app.router.add_route("*", "/{path:.*}", Upstream(upstream, session, recorder).forward)
+            behind = Upstream(upstream, await stack.enter_async_context(connections()), recorder)
+            app.router.add_route("*", "/{path:.*}", behind.forward)
         runner = web.AppRunner(app, shutdown_timeout=_FINISH_S, **server_options())
         await runner.setup()
         stack.push_async_callback(runner.cleanup)

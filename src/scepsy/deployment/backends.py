@@ -26,6 +26,8 @@ class Backend:
     failed: bool = False
     """Given up: it will not be ready again."""
     outstanding: int = 0
+    outstanding_beside: int = 0
+    """Of others than the gateway, which share the replica with it."""
     served: int = 0
 
 
@@ -46,6 +48,11 @@ class Pool:
     _waiting: int = 0
     _turn: int = 0
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a replica to be ready."""
+        return self._waiting
 
     def changed(self) -> None:
         """To be called after `ready` or `failed` of a replica has changed."""
@@ -82,7 +89,7 @@ class Pool:
         best, least = None, float("inf")
         for offset in range(count):
             backend = self.backends[(self._turn + offset) % count]
-            load = (backend.outstanding + 1) / backend.weight
+            load = (backend.outstanding + backend.outstanding_beside + 1) / backend.weight
             if backend.ready and load < least and backend.id not in but:
                 best, least = backend, load
         return best
@@ -90,10 +97,10 @@ class Pool:
     def _preferred(self, but: Collection[str], key: str) -> Backend | None:
         ready = [backend for backend in self.backends if backend.ready and backend.id not in but]
         ready.sort(key=lambda backend: score(key, backend.id, backend.weight), reverse=True)
-        most = _BOUNDED_LOAD * (1 + sum(backend.outstanding for backend in ready))
+        most = _BOUNDED_LOAD * (1 + sum(backend.outstanding + backend.outstanding_beside for backend in ready))
         weight = sum(backend.weight for backend in ready)
         for backend in ready:
-            if backend.outstanding + 1 <= math.ceil(most * backend.weight / weight):
+            if backend.outstanding + backend.outstanding_beside + 1 <= math.ceil(most * backend.weight / weight):
                 return backend
         return None
 

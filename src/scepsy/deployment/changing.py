@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from scepsy.deployment.change import EVENTS, PLAN, Change, Step, read_change
-from scepsy.deployment.fleet import Fleet
-from scepsy.deployment.gateway import Gateway
+from scepsy.deployment.fleet import Endpoint, Fleet
 from scepsy.deployment.shimmed import StartError
 from scepsy.deployment.state import write_order
 from scepsy_optimizer.errors import ScepsyError
@@ -26,7 +25,7 @@ async def carry_out(
     directory: Path,
     folder: Path,
     fleet: Fleet,
-    gateway: Gateway,
+    endpoint: Endpoint,
     *,
     start_mps: Callable[[str], Awaitable[None]],
     on_event: Callable[[str], None],
@@ -48,7 +47,7 @@ async def carry_out(
 
         try:
             change = read_change(folder)
-            is_done = await _try(change, fleet, gateway, tell, start_mps)
+            is_done = await _try(change, fleet, endpoint, tell, start_mps)
             if is_done:
                 for spec in change.after.specs:
                     fleet.rename(spec)
@@ -61,7 +60,7 @@ async def carry_out(
 
 
 async def _try(
-    change: Change, fleet: Fleet, gateway: Gateway, tell: Tell, start_mps: Callable[[str], Awaitable[None]]
+    change: Change, fleet: Fleet, endpoint: Endpoint, tell: Tell, start_mps: Callable[[str], Awaitable[None]]
 ) -> bool:
     done: list[Step] = []
     try:
@@ -70,32 +69,32 @@ async def _try(
         for step in change.steps:
             tell(event=step.text)
             if step.action == "start":
-                await fleet.add(step.spec, gateway)
+                await fleet.add(step.spec, endpoint)
             else:
-                await fleet.retire(step.spec.id, gateway, change.drain_s)
+                await fleet.retire(step.spec.id, endpoint, change.drain_s)
             done.append(step)
     except (StartError, ScepsyError) as error:
         tell(event=f"{str(error).splitlines()[0]}; going back")
-        lost = [step.spec.id for step in reversed(done) if not await _undo(step, fleet, gateway, tell, change.drain_s)]
+        lost = [step.spec.id for step in reversed(done) if not await _undo(step, fleet, endpoint, tell, change.drain_s)]
         again = f"; of it {', '.join(lost)} did not start again yet and is tried further" if lost else ""
         tell(error=f"the change was undone, the old plan runs again{again}. It failed because {error}")
         return False
     return True
 
 
-async def _undo(step: Step, fleet: Fleet, gateway: Gateway, tell: Tell, drain_s: float) -> bool:
+async def _undo(step: Step, fleet: Fleet, endpoint: Endpoint, tell: Tell, drain_s: float) -> bool:
     """Whether what was before is again."""
     if step.action == "start":
         tell(event=f"{step.spec.id}: stopped again")
-        await fleet.retire(step.spec.id, gateway, drain_s)
+        await fleet.retire(step.spec.id, endpoint, drain_s)
         return True
     tell(event=f"{step.spec.id}: started again")
     try:
-        await fleet.add(step.spec, gateway)
+        await fleet.add(step.spec, endpoint)
     except StartError as error:
         reason = str(error).splitlines()[0]
         tell(event=reason)
-        fleet.add_broken(step.spec, gateway, reason)
+        fleet.add_broken(step.spec, endpoint, reason)
         return False
     return True
 

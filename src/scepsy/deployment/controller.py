@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -20,16 +20,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
-from aiohttp import web
 
-from scepsy.deployment import change, probe, processes
+from scepsy.deployment import change, processes
 from scepsy.deployment.affinity import Affinity
 from scepsy.deployment.changing import carry_out
-from scepsy.deployment.fleet import Fleet
-from scepsy.deployment.forward import MAX_BODY_BYTES, client, server_options
+from scepsy.deployment.connections import Connections, connections
+from scepsy.deployment.fleet import Endpoint, Fleet, together
+from scepsy.deployment.forward import client
+from scepsy.deployment.front import HAProxyFront
 from scepsy.deployment.gateway import Gateway
 from scepsy.deployment.mps import MpsDaemon
+from scepsy.deployment.serving import BACKLOG, listening, served
 from scepsy.deployment.shimmed import StartError
+from scepsy.deployment.specs import LOOPBACK
 from scepsy.deployment.state import API_KEY, DETACH, Order, State, forget, read_order, write_state
 from scepsy_optimizer.errors import ScepsyError
 
@@ -41,7 +44,12 @@ class Controller:
     """One deployment, from its order to its end."""
 
     def __init__(
-        self, directory: Path, order: Order, session: aiohttp.ClientSession, recorder: Recorder | None = None
+        self,
+        directory: Path,
+        order: Order,
+        session: aiohttp.ClientSession,
+        engines: Connections,
+        recorder: Recorder | None = None,
     ) -> None:
         self._directory = directory
         self._order = order
@@ -53,16 +61,30 @@ class Controller:
         logs = directory / "logs"
         logs.mkdir(exist_ok=True)
         self._changing: asyncio.Task[None] | None = None
+        self._front: HAProxyFront | None = None
         self._fleet = fleet = Fleet(order, logs=logs, session=session, on_change=self._note, on_event=_say)
+        api_key = os.environ.pop(API_KEY, None)
+        affinity = Affinity.parsed(order.affinity) if order.affinity is not None else None
         self.gateway = Gateway(
             fleet.pools,
-            session,
+            engines,
             models=fleet.models,
             status=self.status,
             recorder=recorder,
-            affinity=Affinity.parsed(order.affinity) if order.affinity is not None else None,
-            api_key=os.environ.pop(API_KEY, None),
+            affinity=affinity,
+            api_key=api_key,
         )
+        if order.endpoint == "haproxy":
+            self._front = HAProxyFront(
+                self.gateway,
+                fleet.pools,
+                directory=directory,
+                api_key=api_key,
+                session_header=affinity.header if affinity is not None else None,
+                on_change=self._note,
+                on_event=_say,
+            )
+        self.endpoint: Endpoint = self._front or self.gateway
 
     def status(self) -> Mapping[str, Any]:
         """What runs now, in plain values."""
@@ -72,7 +94,7 @@ class Controller:
             "ready": self._ready,
             "pid": os.getpid(),
             "up_s": round(time.time() - self._begun, 3),
-            "in_flight": self.gateway.in_flight,
+            "in_flight": self.endpoint.in_flight,
             "replicas": self._fleet.status(self._order),
         }
 
@@ -88,7 +110,9 @@ class Controller:
     async def run(self) -> None:
         """Serve until told to end. Raises ScepsyError if the start fails; nothing is then left."""
         async with AsyncExitStack() as stack:
-            self._port = await stack.enter_async_context(_served(self.gateway, self._order))
+            listener = stack.enter_context(listening(self._order.host, self._order.port))
+            self._port = int(listener.getsockname()[1])
+            await self._answer(stack, listener)
             self._note()
             stack.push_async_callback(self._stop)
             told = asyncio.ensure_future(self._told.wait())
@@ -100,6 +124,18 @@ class Controller:
                 await work
         forget(self._directory)
 
+    async def _answer(self, stack: AsyncExitStack, listener: socket.socket) -> None:
+        """Take requests on the socket, by the gateway or what is before it."""
+        if self._front is None:
+            await stack.enter_async_context(served(self.gateway, listener))
+            return
+        behind = stack.enter_context(socket.create_server((LOOPBACK, 0), backlog=BACKLOG))
+        await stack.enter_async_context(served(self.gateway, behind))
+        try:
+            await self._front.start(listener, int(behind.getsockname()[1]))
+        except StartError as error:
+            raise ScepsyError(str(error)) from None
+
     async def _work(self) -> None:
         try:
             if self._order.mps_directory is not None:
@@ -109,7 +145,7 @@ class Controller:
             raise ScepsyError(str(error)) from None
         self._ready = True
         report(ready=self._port)
-        await self._fleet.wait()
+        await together([self._fleet.wait(), *([self._front.wait()] if self._front is not None else [])])
 
     async def _start_mps(self, directory: str) -> None:
         if self._mps is not None:
@@ -121,7 +157,7 @@ class Controller:
     async def _change(self) -> None:
         while folders := change.waiting(self._directory):
             done = await carry_out(
-                self._directory, folders[0], self._fleet, self.gateway, start_mps=self._start_mps, on_event=_say
+                self._directory, folders[0], self._fleet, self.endpoint, start_mps=self._start_mps, on_event=_say
             )
             self._order = done.after if done is not None else self._order
             self._note()
@@ -131,14 +167,15 @@ class Controller:
             self._changing.cancel()
             await asyncio.gather(self._changing, return_exceptions=True)
         # First the answers, then the engines: an engine that is told ends its answers as if they were whole.
-        await self.gateway.drain(self._order.drain_s if self._ready else 0.0)
+        await self.endpoint.drain(self._order.drain_s if self._ready else 0.0)
         await self._fleet.stop()
         if self._mps is not None:
             await self._mps.stop()
 
     def _note(self) -> None:
         """Write down which processes there are, so that whoever comes after a crash can end them."""
-        kept = [*self._fleet.kept, self._mps.kept if self._mps is not None else None]
+        others = [one.kept for one in (self._mps, self._front) if one is not None]
+        kept = [*self._fleet.kept, *others]
         state = State(
             name=self._order.name,
             boot=processes.boot_id(),
@@ -149,32 +186,8 @@ class Controller:
             kept=tuple(one for one in kept if one is not None),
         )
         write_state(self._directory, state)
-
-
-@asynccontextmanager
-async def _served(gateway: Gateway, order: Order) -> AsyncIterator[int]:
-    """The gateway on its port, which is chosen here if the order's is 0. Raises ScepsyError if it is taken."""
-    app = web.Application(client_max_size=MAX_BODY_BYTES)
-    gateway.add_routes(app)
-    runner = web.AppRunner(app, shutdown_timeout=0.1, **server_options())
-    await runner.setup()
-    try:
-        site = web.TCPSite(runner, order.host, order.port, backlog=1024)
-        try:
-            await site.start()
-        except OSError as error:
-            raise ScepsyError(_cannot_bind(error, order)) from error
-        yield int(runner.addresses[0][1])
-    finally:
-        await runner.cleanup()
-
-
-def _cannot_bind(error: OSError, order: Order) -> str:
-    if error.errno != errno.EADDRINUSE:
-        return f"cannot listen on {order.host}:{order.port}: {error.strerror}"
-    owners = [str(pid) for pid in probe.listeners(order.port) if pid is not None]
-    by = f" by process {', '.join(owners)}" if owners else ""
-    return f"port {order.port} on {order.host} is in use{by}; end that, or give another port (--port)"
+        if self._front is not None:
+            self._front.look()
 
 
 def _say(text: str) -> None:
@@ -220,8 +233,8 @@ async def _recorder(order: Order) -> AsyncIterator[Recorder | None]:
 async def _main(directory: Path) -> None:
     order = read_order(directory)
     loop = asyncio.get_running_loop()
-    async with client() as session, _recorder(order) as recorder:
-        controller = Controller(directory, order, session, recorder)
+    async with client() as session, connections() as engines, _recorder(order) as recorder:
+        controller = Controller(directory, order, session, engines, recorder)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(number, controller.end)
         loop.add_signal_handler(signal.SIGUSR1, controller.look)

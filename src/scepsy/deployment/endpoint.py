@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import aiohttp
-from aiohttp import web
 from pydantic import TypeAdapter, ValidationError
 
 from scepsy.deployment.affinity import Affinity
 from scepsy.deployment.backends import Backend, Pool
-from scepsy.deployment.forward import MAX_BODY_BYTES, client, server_options
+from scepsy.deployment.connections import connections
+from scepsy.deployment.forward import client
 from scepsy.deployment.gateway import Gateway
+from scepsy.deployment.serving import listening, served
 from scepsy.deployment.state import API_KEY
 from scepsy_optimizer.errors import ScepsyError
 
@@ -84,31 +85,24 @@ async def serve(config: Config, host: str, port: int, told: asyncio.Event) -> No
         fields = ("id", "llm", "url", "weight", "ready", "outstanding", "served")
         return {"backends": [{field: getattr(backend, field) for field in fields} for backend in every]}
 
-    async with client() as session:
+    async with client() as session, connections() as engines:
         affinity = Affinity.parsed(config.affinity) if config.affinity is not None else None
         api_key = os.environ.get(API_KEY)
-        gateway = Gateway(pools, session, models=models, status=status, affinity=affinity, api_key=api_key)
-        app = web.Application(client_max_size=MAX_BODY_BYTES)
-        gateway.add_routes(app)
-        runner = web.AppRunner(app, shutdown_timeout=0.1, **server_options())
-        await runner.setup()
+        gateway = Gateway(pools, engines, models=models, status=status, affinity=affinity, api_key=api_key)
         looking = [
             asyncio.create_task(_look_after(pool, backend, session))
             for pool in pools.values()
             for backend in pool.backends
         ]
         try:
-            try:
-                await web.TCPSite(runner, host, port, backlog=1024).start()
-            except OSError as error:
-                raise ScepsyError(f"cannot listen on {host}:{port}: {error.strerror}") from error
-            await told.wait()
-            await gateway.drain(_DRAIN_S)
+            with listening(host, port) as listener:
+                async with served(gateway, listener):
+                    await told.wait()
+                    await gateway.drain(_DRAIN_S)
         finally:
             for task in looking:
                 task.cancel()
             await asyncio.gather(*looking, return_exceptions=True)
-            await runner.cleanup()
 
 
 async def _look_after(pool: Pool, backend: Backend, session: aiohttp.ClientSession) -> None:

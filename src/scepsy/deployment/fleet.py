@@ -10,19 +10,38 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mappin
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import aiohttp
 
 from scepsy.deployment.backends import Backend, Pool
-from scepsy.deployment.gateway import Gateway
 from scepsy.deployment.replica import Replica
 from scepsy.deployment.specs import Engine, ReplicaSpec
 from scepsy.deployment.state import Kept, Order
 
 
+class Endpoint(Protocol):
+    """What stands in front of the replicas."""
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that are being forwarded."""
+
+    def watch(self, backend: Backend) -> None:
+        """Know of a replica that its pool has got since; pools and models are shared."""
+
+    def forget(self, backend: Backend) -> None:
+        """Know no more of a replica that has left its pool."""
+
+    async def empty(self, backend: Backend, timeout_s: float) -> bool:
+        """Wait until a replica, which must not be ready, has answered what it has; False where time ran out."""
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no new requests, wait for those in flight, and break off those that outlast the time."""
+
+
 class Fleet:
-    """All replicas, and the pools in which the gateway finds them."""
+    """All replicas, and the pools in which the endpoint finds them."""
 
     def __init__(
         self,
@@ -71,7 +90,7 @@ class Fleet:
         """Until keeping a replica fails for a reason that is not the replica's."""
         await self._broken
 
-    async def add(self, spec: ReplicaSpec, gateway: Gateway) -> None:
+    async def add(self, spec: ReplicaSpec, endpoint: Endpoint) -> None:
         """Bring one more up, then give it requests. Raises StartError; nothing of it is then left."""
         replica = self._made(spec)
         self._replicas[spec.id] = replica
@@ -81,17 +100,17 @@ class Fleet:
             del self._replicas[spec.id]
             raise
         self._enlist(replica)
-        gateway.watch(replica.backend)
+        endpoint.watch(replica.backend)
         self._keep(spec.id)
 
-    def add_broken(self, spec: ReplicaSpec, gateway: Gateway, reason: str) -> None:
+    def add_broken(self, spec: ReplicaSpec, endpoint: Endpoint, reason: str) -> None:
         """Take one in that does not come up: it is tried again as one is that has ended."""
         replica = self._made(spec)
         self._enlist(replica)
-        gateway.watch(replica.backend)
+        endpoint.watch(replica.backend)
         self._keep(spec.id, reason)
 
-    async def retire(self, spec_id: str, gateway: Gateway, drain_s: float) -> None:
+    async def retire(self, spec_id: str, endpoint: Endpoint, drain_s: float) -> None:
         """Give it no more requests, wait for those that it has, end it."""
         keeping = self._keeping.pop(spec_id, None)
         replica = self._replicas[spec_id]
@@ -100,11 +119,11 @@ class Fleet:
             await asyncio.gather(keeping, return_exceptions=True)
         backend = replica.backend
         replica.leave()
-        await self.pools[backend.llm].drain(backend, drain_s)
+        await endpoint.empty(backend, drain_s)
         await replica.stop()
         pool = self.pools[backend.llm]
         pool.remove(backend)
-        gateway.forget(backend)
+        endpoint.forget(backend)
         if not pool.backends:
             del self.pools[backend.llm], self.models[backend.llm]
         del self._replicas[spec_id]

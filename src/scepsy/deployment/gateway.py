@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
-import re
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-import aiohttp
-import orjson
 from aiohttp import web
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from scepsy.deployment.affinity import Affinity
 from scepsy.deployment.backends import Backend, NoBackendError, Pool
-from scepsy.deployment.forward import BrokenOffError, NoAnswerError, NotConnectedError, exchange, relay
+from scepsy.deployment.connections import Connections
+from scepsy.deployment.forward import MAX_BODY_BYTES, exchange, relay
+from scepsy.deployment.metrics import GatewayMetrics
+from scepsy.deployment.naming import named_model, parsed
+from scepsy.deployment.upstream import BrokenOffError, NoAnswerError, NotConnectedError
 from scepsy.semconv import ATTEMPTS, REPLICA
 
 if TYPE_CHECKING:
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
 
 RETRY_AFTER_S: Final = 2
 REPLICA_HEADER: Final = "x-scepsy-replica"
-_SECONDS: Final = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
-_FORM_MODEL: Final = re.compile(rb'name="?model"?[^\r\n]*\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]*)\r\n')
 # Two engines may be lost to one request, not all of them: what broke them may be the request.
 _LOST_ANSWERS: Final = 2
 
@@ -37,7 +34,7 @@ class Gateway:
     def __init__(
         self,
         pools: Mapping[str, Pool],
-        session: aiohttp.ClientSession,
+        connections: Connections,
         *,
         models: Mapping[str, Mapping[str, Any]],
         status: Callable[[], Mapping[str, Any]],
@@ -52,7 +49,7 @@ class Gateway:
         have it as bearer token, which goes no further.
         """
         self._pools = pools
-        self._session = session
+        self._connections = connections
         self._models = models
         self._status = status
         self._recorder = recorder
@@ -60,7 +57,7 @@ class Gateway:
         self._token = f"Bearer {api_key}".encode() if api_key else None
         self._draining = False
         self._in_flight: set[asyncio.Task[Any]] = set()
-        self._metrics = _Metrics(pools)
+        self._metrics = GatewayMetrics(pools)
 
     @property
     def in_flight(self) -> int:
@@ -74,6 +71,10 @@ class Gateway:
     def forget(self, backend: Backend) -> None:
         """Show no more of a replica that has left its pool."""
         self._metrics.forget(backend)
+
+    async def empty(self, backend: Backend, timeout_s: float) -> bool:
+        """Wait until a replica, which must not be ready, has answered what it has; False where time ran out."""
+        return await self._pools[backend.llm].drain(backend, timeout_s)
 
     async def drain(self, timeout_s: float) -> None:
         """Take no new requests, wait for those in flight, and break off those that outlast the time."""
@@ -102,12 +103,18 @@ class Gateway:
             return _unavailable("the deployment is stopping")
         if not self._admits(request):
             return _error(401, "Unauthorized", "AuthenticationError", None)
+        if request.headers.get("Upgrade", "").lower() == "websocket":
+            return _error(
+                400, "websockets are not forwarded: use HTTP, with server-sent events", "BadRequestError", None
+            )
+        if (request.content_length or 0) > MAX_BODY_BYTES:
+            return _error(413, f"a body may have {MAX_BODY_BYTES} bytes", "RequestEntityTooLargeError", None)
         body = await request.read()
         content = parsed(body)
-        name = content.get("model") if content is not None else form_model(body, request.content_type)
-        if not isinstance(name, str):
+        name = named_model(request, body, content)
+        if name is None:
             if len(self._pools) > 1:
-                return _error(400, "the request names no model", "BadRequestError", "model")
+                return _unnamed(request)
             name = next(iter(self._pools))
         pool = self._pools.get(name)
         if pool is None:
@@ -146,8 +153,8 @@ class Gateway:
             status = 499
             try:
                 carried = call.headers if call is not None else None
-                withheld = () if self._token is None else ("Authorization",)
-                async with exchange(self._session, request, body, backend.url, carried, withheld) as answer:
+                withheld = () if self._token is None else (b"authorization",)
+                async with exchange(self._connections, request, body, backend.url, carried, withheld) as answer:
                     status = answer.status
                     self._metrics.first_byte(name, started_s)
                     if call is not None:
@@ -163,7 +170,9 @@ class Gateway:
             except NoAnswerError:
                 status = 502
                 lost += 1
-                tried.add(backend.id)
+                # Where there is no other it is asked once more: it may only have closed an idle connection.
+                if any(other.ready and other.id not in (backend.id, *tried) for other in pool.backends):
+                    tried.add(backend.id)
                 if lost == _LOST_ANSWERS:
                     return _error(502, f"{lost} replicas of `{name}` ended while answering", "BadGatewayError", None)
                 if call is not None:
@@ -208,76 +217,12 @@ class Gateway:
         return web.json_response(self._status())
 
 
-class _Metrics:
-    """The gateway's own counts for Prometheus."""
-
-    def __init__(self, pools: Mapping[str, Pool]) -> None:
-        self._registry = registry = CollectorRegistry()
-        self._requests = Counter(
-            "scepsy_gateway_requests", "Requests answered.", ("llm", "replica", "status"), registry=registry
-        )
-        self._seconds = Histogram(
-            "scepsy_gateway_request_seconds", "Arrival to last byte.", ("llm",), registry=registry, buckets=_SECONDS
-        )
-        self._first = Histogram(
-            "scepsy_gateway_first_byte_seconds", "Arrival to first byte.", ("llm",), registry=registry, buckets=_SECONDS
-        )
-        self._outstanding = Gauge(
-            "scepsy_gateway_outstanding", "Requests being answered.", ("llm", "replica"), registry=registry
-        )
-        self._ready = Gauge("scepsy_gateway_ready", "1 if the replica is ready.", ("llm", "replica"), registry=registry)
-        # Children are looked up once per combination: a lookup by labels costs as much as all else here.
-        self._counters: dict[tuple[str, str, int], Counter] = {}
-        self._timed: dict[str, Histogram] = {}
-        self._firsts: dict[str, Histogram] = {}
-        for pool in pools.values():
-            for backend in pool.backends:
-                self.watch(backend)
-
-    def watch(self, backend: Backend) -> None:
-        self._timed[backend.llm] = self._seconds.labels(backend.llm)
-        self._firsts[backend.llm] = self._first.labels(backend.llm)
-        self._outstanding.labels(backend.llm, backend.id).set_function(lambda: backend.outstanding)
-        self._ready.labels(backend.llm, backend.id).set_function(lambda: float(backend.ready))
-
-    def forget(self, backend: Backend) -> None:
-        self._outstanding.remove(backend.llm, backend.id)
-        self._ready.remove(backend.llm, backend.id)
-
-    def first_byte(self, llm: str, started_s: float) -> None:
-        self._firsts[llm].observe(time.perf_counter() - started_s)
-
-    def done(self, llm: str, replica: str, status: int, started_s: float) -> None:
-        key = (llm, replica, status)
-        counter = self._counters.get(key)
-        if counter is None:
-            counter = self._counters[key] = self._requests.labels(llm, replica, str(status))
-        counter.inc()
-        self._timed[llm].observe(time.perf_counter() - started_s)
-
-    def text(self) -> bytes:
-        return generate_latest(self._registry)
-
-
-def parsed(body: bytes) -> dict[str, Any] | None:
-    """A body that is a JSON object; None for any other."""
-    if body.lstrip()[:1] != b"{":
-        return None
-    try:
-        content = orjson.loads(body)
-    except ValueError:
-        # What vLLM takes as well: NaN, Infinity, broken surrogates.
-        try:
-            content = json.loads(body)
-        except (ValueError, RecursionError):
-            return None
-    return content if isinstance(content, dict) else None
-
-
-def form_model(body: bytes, content_type: str) -> str | None:
-    """The model that a form names; None if it is none, or names none."""
-    found = _FORM_MODEL.search(body) if content_type == "multipart/form-data" else None
-    return found[1].decode("utf-8", "replace") if found else None
+def _unnamed(request: web.Request) -> web.Response:
+    encoding = request.headers.get("Content-Encoding", "identity")
+    if encoding != "identity":
+        message = f"the body is packed (Content-Encoding: {encoding}), so its model cannot be read; send it unpacked"
+        return _error(415, message, "UnsupportedMediaTypeError", None)
+    return _error(400, "the request names no model", "BadRequestError", "model")
 
 
 def _unavailable(message: str) -> web.Response:

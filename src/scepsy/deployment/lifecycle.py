@@ -24,6 +24,7 @@ from pydantic import TypeAdapter
 from scepsy.deployment import change, processes, quota, state
 from scepsy.deployment.affinity import Affinity
 from scepsy.deployment.apply import apply
+from scepsy.deployment.haproxy import find_binary
 from scepsy.deployment.prepare import prepare
 from scepsy.deployment.processes import Identity
 from scepsy.deployment.specs import ENGINES, Engine
@@ -35,7 +36,7 @@ from scepsy_optimizer.profile import Profiles
 _START_TIMEOUT_S: Final = {"vllm": 1800.0, "vllm-cpu": 600.0, "emulator": 60.0}
 _GRACE_S: Final = 15.0
 _DRAIN_S: Final = 5.0
-_NEEDED: Final = ("aiohttp", "prometheus_client", "psutil")
+_NEEDED: Final = ("aiohttp", "httptools", "prometheus_client", "psutil")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +159,7 @@ def deploy(
     record: str | Path | None = None,
     affinity: str | None = None,
     api_key: str | None = None,
+    endpoint: state.EndpointKind = "gateway",
     on_event: Callable[[str], None] | None = None,
 ) -> Deployment:
     """Start every replica of the plan on this machine behind one endpoint; returns when all are ready.
@@ -168,7 +170,9 @@ def deploy(
     `record`, a directory, the endpoint records every call that it carries as trace files there.
     `affinity` sends requests that belong together to one replica: "session:HEADER" those with the same value of a
     header, "prefix" those whose prompts begin alike. With `api_key`, or else the environment's SCEPSY_API_KEY, the
-    endpoint answers only those who have it. `on_event` is told of progress, from another thread once all are ready.
+    endpoint answers only those who have it. With `endpoint` "haproxy" HAProxy stands before the gateway and takes a
+    fraction of its processor time; it records nothing and knows no affinity by prefix. `on_event` is told of progress,
+    from another thread once all are ready.
     Raises ScepsyError; nothing is then left running.
     """
     _require_extra()
@@ -176,8 +180,11 @@ def deploy(
         raise ScepsyError(f"engine {engine!r}: use one of {', '.join(ENGINES)}")
     if not plan.llms:
         raise ScepsyError("the plan has no LLMs to deploy")
-    if affinity is not None:
-        Affinity.parsed(affinity)
+    parsed = Affinity.parsed(affinity) if affinity is not None else None
+    if endpoint == "haproxy":
+        _check_haproxy(parsed, record)
+    elif endpoint != "gateway":
+        raise ScepsyError(f"endpoint {endpoint!r}: use gateway or haproxy")
     told = on_event or (lambda _event: None)
     directory = state.folder(name)
     with _claim(name, directory) as lock:
@@ -210,6 +217,7 @@ def deploy(
             engine_args=tuple(engine_args),
             seed=seed,
             affinity=affinity,
+            endpoint=endpoint,
         )
         state.write_order(directory, order)
         told(f"starting {len(specs)} replicas of {len({spec.llm for spec in specs})} LLMs ({engine})")
@@ -356,6 +364,14 @@ def _close(process: subprocess.Popen[bytes], events: threading.Thread | None = N
         if pipe is not None:
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
+
+
+def _check_haproxy(affinity: Affinity | None, record: str | Path | None) -> None:
+    if record is not None:
+        raise ScepsyError("endpoint 'haproxy' records no calls: leave out what records, or use endpoint 'gateway'")
+    if affinity is not None and affinity.by == "prefix":
+        raise ScepsyError("endpoint 'haproxy' knows no affinity by prefix: use session:HEADER, or endpoint 'gateway'")
+    find_binary()
 
 
 def _require_extra() -> None:

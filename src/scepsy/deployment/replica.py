@@ -83,7 +83,7 @@ class Replica:
             "place": self.spec.place,
             "url": self.spec.url,
             "pid": engine.pid if engine is not None else None,
-            "outstanding": self.backend.outstanding,
+            "outstanding": self.backend.outstanding + self.backend.outstanding_beside,
             "served": self.backend.served,
             "restarts": self.restarts,
             "last_error": self.last_error,

@@ -78,6 +78,8 @@ def start(command: list[str], log: str) -> int | None:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
+                # Only what the shim was told to pass on is inheritable.
+                close_fds=False,
                 preexec_fn=die_with_the_shim,
             )
         except OSError as error:

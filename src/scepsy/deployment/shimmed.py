@@ -8,7 +8,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -36,9 +36,19 @@ class Shimmed:
 
     @classmethod
     async def launch(
-        cls, name: str, argv: Sequence[str], env: Mapping[str, str], *, log: Path, grace_s: float
+        cls,
+        name: str,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        *,
+        log: Path,
+        grace_s: float,
+        pass_fds: Collection[int] = (),
     ) -> Shimmed:
-        """Start the command; `env` is added to this process's environment, output is added to `log`."""
+        """Start the command; `env` is added to this process's environment, output is added to `log`.
+
+        It inherits `pass_fds` under the same numbers.
+        """
         # Short, because vLLM puts sockets there, whose paths may not exceed 107 bytes.
         scratch = tempfile.mkdtemp(prefix="scepsy-")
         environment = os.environ | {"TMPDIR": scratch, "VLLM_RPC_BASE_PATH": scratch} | dict(env)
@@ -51,6 +61,7 @@ class Shimmed:
             stdout=asyncio.subprocess.PIPE,
             env=environment,
             start_new_session=True,
+            pass_fds=pass_fds,
         )
         try:
             identity = processes.identify(shim.pid)

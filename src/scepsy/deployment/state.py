@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -22,6 +22,9 @@ DETACH: Final = b"detach\n"
 API_KEY: Final = "SCEPSY_API_KEY"
 """The environment variable with the key that clients of the endpoint must have; engines are not given it."""
 
+EndpointKind = Literal["gateway", "haproxy"]
+"""What stands in front of the replicas: the gateway alone, or HAProxy before it."""
+
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 
 
@@ -30,7 +33,8 @@ class Order:
     """What a controller is to start. Times in seconds.
 
     `mps_directory` is where an MPS daemon is to be started, `record` where calls are to be recorded. `command`,
-    `engine_args` and `seed` are what `specs` were made with, for those that come later. `affinity` is as in `Affinity`.
+    `engine_args` and `seed` are what `specs` were made with, for those that come later. `affinity` is as in `Affinity`,
+    `endpoint` what takes the requests.
     """
 
     name: str
@@ -47,6 +51,7 @@ class Order:
     engine_args: tuple[str, ...] = ()
     seed: int = 0
     affinity: str | None = None
+    endpoint: EndpointKind = "gateway"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,6 +24,7 @@ from aiohttp import web
 
 from scepsy.deployment import machine, processes
 from scepsy.deployment.backends import Backend, Pool
+from scepsy.deployment.connections import connections
 from scepsy.deployment.forward import MAX_BODY_BYTES, client, server_options
 from scepsy.deployment.gateway import Gateway
 from scepsy.deployment.on_ray.order import EVERYWHERE, PROFILE, RayOrder, RayReplica
@@ -207,13 +208,13 @@ class Head(_Looped):
             pools.setdefault(one.spec.llm, Pool([])).add(self._backends[one.spec.id])
             entry = {"id": one.spec.llm, "object": "model", "created": int(self._begun), "owned_by": "scepsy"}
             models[one.spec.llm] = {**entry, "root": one.spec.model, "parent": None}
-        async with client() as session:
+        async with connections() as engines:
             status: Mapping[str, Any] = {}
 
             def shown() -> Mapping[str, Any]:
                 return status
 
-            gateway = Gateway(pools, session, models=models, status=shown)
+            gateway = Gateway(pools, engines, models=models, status=shown)
             app = web.Application(client_max_size=MAX_BODY_BYTES)
             gateway.add_routes(app)
             runner = web.AppRunner(app, shutdown_timeout=0.1, **server_options())
