@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,9 @@ from scepsy_optimizer.profile import Profiles
 _START_TIMEOUT_S: Final = {"vllm": 1800.0, "vllm-cpu": 600.0, "emulator": 60.0}
 _GRACE_S: Final = 15.0
 _DRAIN_S: Final = 5.0
+_UPKEEP: Final = state.Upkeep()
+_ENDING_S: Final = 10.0
+_POLL_S: Final = 0.05
 _NEEDED: Final = ("aiohttp", "prometheus_client", "psutil")
 
 
@@ -94,6 +98,19 @@ class Deployment:
         """The base URL for OpenAI clients."""
         return f"http://{self._host}:{self._port}/v1"
 
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs."""
+        return self._controller.alive
+
+    @property
+    def crashed(self) -> bool:
+        """Whether it has ended without having been told to: then its note is still there."""
+        if self.alive:
+            return False
+        note = state.read_state(self.directory)
+        return note is not None and note.controller == self._controller
+
     def status(self) -> Status:
         """What runs now. Raises ScepsyError if the deployment has ended."""
         try:
@@ -116,8 +133,9 @@ class Deployment:
         if there is an order in which none does.
 
         A replica that stops first answers what it has, for `drain_s` at most. Where a new one does not come up, all
-        steps are undone. `profiles` are for emulators. Raises ScepsyError where the change is impossible, failed, or
-        another one is under way; what ran before then runs.
+        steps are undone. One that was given up is tried again. `profiles` are for emulators, and for KV caches in
+        bytes. Raises ScepsyError where the change is impossible, failed, or another one is under way; what ran before
+        then runs.
         """
         if not self.status().ready:
             raise ScepsyError(f"deployment {self.name!r} is still starting; wait until it is ready")
@@ -158,6 +176,8 @@ def deploy(
     record: str | Path | None = None,
     affinity: str | None = None,
     api_key: str | None = None,
+    kv_cache_bytes: bool = False,
+    otlp_endpoint: str | None = None,
     on_event: Callable[[str], None] | None = None,
 ) -> Deployment:
     """Start every replica of the plan on this machine behind one endpoint; returns when all are ready.
@@ -168,8 +188,10 @@ def deploy(
     `record`, a directory, the endpoint records every call that it carries as trace files there.
     `affinity` sends requests that belong together to one replica: "session:HEADER" those with the same value of a
     header, "prefix" those whose prompts begin alike. With `api_key`, or else the environment's SCEPSY_API_KEY, the
-    endpoint answers only those who have it. `on_event` is told of progress, from another thread once all are ready.
-    Raises ScepsyError; nothing is then left running.
+    endpoint answers only those who have it. With `kv_cache_bytes` engines on GPUs are given the KV cache that the plan
+    counts on by `profiles`, in bytes, instead of a part of the memory, which vLLM measures while it starts. At
+    `otlp_endpoint` engines send their spans: an address with a path by HTTP, without one by gRPC. `on_event` is told of
+    progress, from another thread once all are ready. Raises ScepsyError; nothing is then left running.
     """
     _require_extra()
     if engine not in ENGINES:
@@ -194,6 +216,8 @@ def deploy(
             engine_args=engine_args,
             seed=seed,
             on_event=told,
+            kv_cache_bytes=kv_cache_bytes,
+            otlp_endpoint=otlp_endpoint,
         )
         order = state.Order(
             name=name,
@@ -210,6 +234,9 @@ def deploy(
             engine_args=tuple(engine_args),
             seed=seed,
             affinity=affinity,
+            kv_cache_bytes=kv_cache_bytes,
+            otlp_endpoint=otlp_endpoint,
+            upkeep=_UPKEEP,
         )
         state.write_order(directory, order)
         told(f"starting {len(specs)} replicas of {len({spec.llm for spec in specs})} LLMs ({engine})")
@@ -262,7 +289,12 @@ def _sweep(directory: Path) -> bool:
         for kept in note.kept:
             state.end_kept(kept)
         quota.release_unused()
-    state.forget(directory)
+        mps_directory = state.read_order(directory).mps_directory
+        if mps_directory is not None:
+            shutil.rmtree(mps_directory, ignore_errors=True)
+    # Meanwhile somebody may have started another under that name.
+    if state.read_state(directory) == note:
+        state.forget(directory)
     return True
 
 
@@ -275,12 +307,21 @@ def _claim(name: str, directory: Path) -> Iterator[IO[bytes]]:
     except OSError as error:
         raise ScepsyError(f"{directory}: cannot be written ({error.strerror}); set SCEPSY_HOME") from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ScepsyError(
-                f"a deployment {name!r} is running; end it with `scepsy stop {name}` or give another name (--name)"
-            ) from None
+        begun_s = time.monotonic()
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                # The threads of a killed controller hold the lock a moment longer than it lives.
+                note = state.read_state(directory)
+                is_ending = note is not None and not note.controller.alive
+                if not is_ending or time.monotonic() - begun_s > _ENDING_S:
+                    raise ScepsyError(
+                        f"a deployment {name!r} is running; end it with `scepsy stop {name}` or give another name "
+                        "(--name)"
+                    ) from None
+                time.sleep(_POLL_S)
         _sweep(directory)
         yield lock
 
