@@ -17,7 +17,8 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 taken = []
 for argv in json.load(sys.stdin):
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(argv)
-    taken.append([args.model_tag or args.model, args.served_model_name, args.tensor_parallel_size, args.shutdown_timeout])
+    model = args.model_tag or args.model
+    taken.append([model, args.served_model_name, args.tensor_parallel_size, args.shutdown_timeout])
 print(json.dumps(taken))
 """
 

@@ -72,7 +72,7 @@ def _shown(args: argparse.Namespace) -> Group:
                 raise
             shown.append(Text(str(error)))
         else:
-            shown += [status_table(deployment, status), *_troubles(status)]
+            shown += [_heading(deployment, status), status_table(status), *_troubles(status)]
     return Group(*shown)
 
 
@@ -86,13 +86,18 @@ def _troubles(status: Status) -> list[Text]:
     return told
 
 
-def status_table(deployment: Deployment | RayDeployment, status: Status) -> Table:
-    """One row per replica."""
+def _heading(deployment: Deployment | RayDeployment, status: Status) -> Text:
     state = "ready" if status.ready else "not ready"
-    table = plain_table(
+    return Text(
         f"{deployment.name}: {deployment.url}, {status.engine}, {state}, up {status.up_s:.0f} s, "
         f"{status.in_flight} requests in flight",
+        style="italic",
     )
+
+
+def status_table(status: Status) -> Table:
+    """One row per replica."""
+    table = plain_table("")
     for column in ("replica", "LLM", "phase", "place"):
         table.add_column(column)
     for column in ("in flight", "served", "restarts"):

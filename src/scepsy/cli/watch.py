@@ -81,7 +81,7 @@ def _look(args: argparse.Namespace, console: Console, deployment: Deployment, se
     if not drift.reasons:
         _say(console, f"{count}: as planned, {drift.latency_s:.3g} s predicted")
         return False
-    _say(console, f"{count}: {'; '.join(drift.reasons)}")
+    _say(console, f"{seen.workload.executions} executions: {'; '.join(drift.reasons)}")
     try:
         found = propose(plan, seen.workload, profiles, drift, dead_band=args.dead_band, replay_seed=0)
     except ScepsyError as error:
