@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.util
 import json
 import os
@@ -11,10 +10,9 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,9 +20,10 @@ from typing import IO, Any, Final, Self
 
 from pydantic import TypeAdapter
 
-from scepsy.deployment import change, processes, quota, state
+from scepsy.deployment import change, processes, state
 from scepsy.deployment.affinity import Affinity
 from scepsy.deployment.apply import apply
+from scepsy.deployment.names import claim, sweep
 from scepsy.deployment.prepare import prepare
 from scepsy.deployment.processes import Identity
 from scepsy.deployment.specs import ENGINES, Engine
@@ -37,8 +36,6 @@ _START_TIMEOUT_S: Final = {"vllm": 1800.0, "vllm-cpu": 600.0, "emulator": 60.0}
 _GRACE_S: Final = 15.0
 _DRAIN_S: Final = 5.0
 _UPKEEP: Final = state.Upkeep()
-_ENDING_S: Final = 10.0
-_POLL_S: Final = 0.05
 _NEEDED: Final = ("aiohttp", "prometheus_client", "psutil")
 
 
@@ -149,7 +146,7 @@ class Deployment:
             _close(self._process, self._events)
         # An orderly end leaves nothing; a controller that was killed leaves its note.
         if note is not None and note.controller == self._controller:
-            _sweep(self.directory)
+            sweep(self.directory)
 
     def __enter__(self) -> Self:
         return self
@@ -202,7 +199,7 @@ def deploy(
         Affinity.parsed(affinity)
     told = on_event or (lambda _event: None)
     directory = state.folder(name)
-    with _claim(name, directory) as lock:
+    with claim(name, directory) as lock:
         for old in ("logs", "profiles", change.CHANGES):
             shutil.rmtree(directory / old, ignore_errors=True)
         (directory / "logs").mkdir()
@@ -254,7 +251,7 @@ def find(name: str = "default") -> Deployment:
         known = ", ".join(state.names()) or "none"
         raise ScepsyError(f"no deployment {name!r} is running (running: {known})")
     if note.boot != processes.boot_id() or not note.controller.alive:
-        _sweep(directory)
+        sweep(directory)
         raise ScepsyError(
             f"deployment {name!r} had ended unasked; what it left is ended now. Its logs: {directory}/logs"
         )
@@ -263,7 +260,7 @@ def find(name: str = "default") -> Deployment:
 
 def stop(name: str = "default") -> None:
     """End the deployment of that name and everything that it started. Raises ScepsyError if there is none."""
-    if _sweep(state.folder(name)):
+    if sweep(state.folder(name)):
         return
     find(name).stop()
 
@@ -272,58 +269,10 @@ def list_deployments() -> tuple[Deployment, ...]:
     """All running deployments, by name; what killed ones have left is ended."""
     found = []
     for name in state.names():
-        if not _sweep(state.folder(name)):
+        if not sweep(state.folder(name)):
             with contextlib.suppress(ScepsyError):  # it may end meanwhile
                 found.append(find(name))
     return tuple(found)
-
-
-def _sweep(directory: Path) -> bool:
-    """End what a dead controller has left; False if there is no dead controller."""
-    note = state.read_state(directory)
-    if note is None:
-        return False
-    if note.boot == processes.boot_id():
-        if note.controller.alive:
-            return False
-        for kept in note.kept:
-            state.end_kept(kept)
-        quota.release_unused()
-        mps_directory = state.read_order(directory).mps_directory
-        if mps_directory is not None:
-            shutil.rmtree(mps_directory, ignore_errors=True)
-    # Meanwhile somebody may have started another under that name.
-    if state.read_state(directory) == note:
-        state.forget(directory)
-    return True
-
-
-@contextlib.contextmanager
-def _claim(name: str, directory: Path) -> Iterator[IO[bytes]]:
-    """Hold the name: the lock passes on to the controller, and is free when that has ended."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = (directory / "lock").open("wb")
-    except OSError as error:
-        raise ScepsyError(f"{directory}: cannot be written ({error.strerror}); set SCEPSY_HOME") from error
-    with lock:
-        begun_s = time.monotonic()
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                # The threads of a killed controller hold the lock a moment longer than it lives.
-                note = state.read_state(directory)
-                is_ending = note is not None and not note.controller.alive
-                if not is_ending or time.monotonic() - begun_s > _ENDING_S:
-                    raise ScepsyError(
-                        f"a deployment {name!r} is running; end it with `scepsy stop {name}` or give another name "
-                        "(--name)"
-                    ) from None
-                time.sleep(_POLL_S)
-        _sweep(directory)
-        yield lock
 
 
 def _launch(
@@ -354,7 +303,7 @@ def _launch(
     except BaseException:
         processes.end(controller, _GRACE_S + 20)
         _close(process)
-        _sweep(directory)
+        sweep(directory)
         raise
     if detach:
         process.stdin.write(state.DETACH)
