@@ -9,6 +9,7 @@ from pathlib import Path
 import openai
 import pytest
 
+from scepsy.cli import main
 from scepsy.deployment import deploy, find, list_deployments, stop
 from scepsy.files import save_plan
 from scepsy.traces import read_executions
@@ -271,7 +272,7 @@ def test_detached_it_outlives_its_parent_and_is_stopped_by_name(
 
 
 def test_what_cannot_be_deployed_is_refused_before_anything_starts(
-    home, make_plan, make_part, make_profile, process_table, monkeypatch
+    home, make_plan, make_part, make_profile, process_table, monkeypatch, tmp_path, capsys
 ):
     gpus = make_plan(make_part("a", 0), cluster="1xH100")
     for options, message in (
@@ -286,6 +287,10 @@ def test_what_cannot_be_deployed_is_refused_before_anything_starts(
     ):
         with pytest.raises(ScepsyError, match=message):
             deploy(**{"plan": gpus, **options})
+    save_plan(gpus, tmp_path / "plan.yaml")
+    words = ["deploy", str(tmp_path / "plan.yaml"), "--to", "ray", "--record", "x", "--kv-cache-bytes"]
+    assert main(words) == 2
+    assert "--record, --kv-cache-bytes: only for engines on this machine, not with --to ray" in capsys.readouterr().err
     monkeypatch.setenv("SCEPSY_HOME", "/proc/none")
     with pytest.raises(ScepsyError, match="/proc/none/deployments/default: cannot be written"):
         deploy(gpus, engine="emulator")

@@ -235,6 +235,27 @@ def test_a_full_disk_stops_nobody_who_runs(stub, wait, monkeypatch, tmp_path, ma
         assert (deployment.status().pid, replicas(deployment)["a-0"].pid) == (controller, before["a-0"].pid)
 
 
+@pytest.mark.parametrize(
+    ("room", "message"),
+    [(0, "plan.yaml: cannot be written: File too large"), (1, "deployment 'default' cannot be started from")],
+    ids=["for nothing", "for the plan"],
+)
+def test_a_full_disk_is_told_to_whoever_starts(room, message, home, two, stub_command, tmp_path, process_table):
+    save_plan(two, tmp_path / "plan.yaml")
+    room *= (tmp_path / "plan.yaml").stat().st_size
+    code = (
+        f"import resource, sys\nresource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))\n"
+        "from scepsy.deployment import deploy\nfrom scepsy.files import load_plan\n"
+        "from scepsy_optimizer.errors import ScepsyError\n"
+        "try:\n    deploy(load_plan(sys.argv[1]), engine='vllm-cpu', command=sys.argv[2:])\n"
+        "except ScepsyError as error:\n    print(error)\n"
+    )
+    argv = [sys.executable, "-B", "-c", code, tmp_path / "plan.yaml", *stub_command]
+    shown = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert message in shown.stdout, shown.stderr
+    assert process_table() == []
+
+
 def test_a_change_on_a_full_disk_goes_back(stub, wait, make_plan, make_part):
     narrow, wide = make_plan(make_part("a", 0)), make_plan(make_part("a", 0, 1))
     with stub(plan=narrow) as deployment:

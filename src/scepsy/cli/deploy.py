@@ -19,6 +19,7 @@ from scepsy.inputs import resolve_cluster_profiles
 from scepsy_optimizer.errors import ScepsyError
 
 _LOOK_EVERY_S: Final = 0.2
+_LOCAL_ONLY: Final = ("record", "affinity", "kv_cache_bytes", "otlp")
 
 HELP = "start the engines of a plan behind one OpenAI-compatible endpoint"
 
@@ -51,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> int:
     """Start, wait until told to end, stop."""
     plan = load_plan(args.plan)
+    given = [f"--{name.replace('_', '-')}" for name in _LOCAL_ONLY if getattr(args, name)]
+    if given and args.to != "local":
+        raise ScepsyError(f"{', '.join(given)}: only for engines on this machine, not with --to {args.to}")
     if args.to == "kubernetes":
         return kubernetes.run(plan, args, console)
     profiles = None

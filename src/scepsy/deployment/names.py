@@ -28,9 +28,10 @@ def sweep(directory: Path) -> bool:
         for kept in note.kept:
             state.end_kept(kept)
         quota.release_unused()
-        mps_directory = state.read_order(directory).mps_directory
-        if mps_directory is not None:
-            shutil.rmtree(mps_directory, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            mps_directory = state.read_order(directory).mps_directory
+            if mps_directory is not None:
+                shutil.rmtree(mps_directory)
     # Meanwhile somebody may have started another under that name.
     if state.read_state(directory) == note:
         state.forget(directory)
@@ -39,7 +40,10 @@ def sweep(directory: Path) -> bool:
 
 @contextlib.contextmanager
 def claim(name: str, directory: Path) -> Iterator[IO[bytes]]:
-    """Hold the name: the lock passes on to the controller, and is free when that has ended."""
+    """Hold the name: the lock passes on to the controller, and is free when that has ended.
+
+    Raises ScepsyError where it is held, or where what the block writes cannot be written.
+    """
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = (directory / "lock").open("wb")
@@ -62,4 +66,7 @@ def claim(name: str, directory: Path) -> Iterator[IO[bytes]]:
                     ) from None
                 time.sleep(_POLL_S)
         sweep(directory)
-        yield lock
+        try:
+            yield lock
+        except OSError as error:
+            raise ScepsyError(f"deployment {name!r} cannot be started from {directory}: {error}") from error
