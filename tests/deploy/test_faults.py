@@ -185,6 +185,18 @@ def test_the_command_in_the_foreground_ends_with_its_deployment(stub, two, stub_
     assert process_table() == []
 
 
+def test_a_stop_waits_for_what_is_being_answered(stub, two, wait):
+    with stub(plan=two) as deployment:
+        with Load(deployment, clients=2) as load:
+            wait(lambda: load.streaming.get(1))
+            load.streaming[1] = ""
+            wait(lambda: load.streaming.get(1))  # it has just begun
+            deployment.stop()
+        # Those that come later are told that it is stopping, or meet nobody; none that had begun is lost.
+        assert load.whole
+        assert not any(begun for _, _, begun in load.lost)
+
+
 def test_two_at_once_under_one_name_are_one(stub, two, process_table):
     outcomes = []
 

@@ -41,6 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="give engines on GPUs the KV cache that their profiles count on, instead of a part of the memory",
     )
     parser.add_argument("--otlp", metavar="URL", help="where engines send their spans (with a path: HTTP, else gRPC)")
+    parser.add_argument(
+        "--drain",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="how long it may end its answers when stopped (default: 30)",
+    )
     parser.add_argument("--detach", action="store_true", help="return when ready; end it with scepsy stop")
     parser.add_argument(
         "--to", choices=("local", "ray", "kubernetes"), default="local", help="where (default: local, this machine)"
@@ -89,6 +96,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         affinity=args.affinity,
         kv_cache_bytes=args.kv_cache_bytes,
         otlp_endpoint=args.otlp,
+        drain_s=args.drain,
         on_event=lambda event: console.print(event, soft_wrap=True, markup=False, highlight=False),
     )
     console.print(f"ready: OPENAI_BASE_URL={deployment.url}", soft_wrap=True)

@@ -34,7 +34,6 @@ from scepsy_optimizer.profile import Profiles
 
 _START_TIMEOUT_S: Final = {"vllm": 1800.0, "vllm-cpu": 600.0, "emulator": 60.0}
 _GRACE_S: Final = 15.0
-_DRAIN_S: Final = 5.0
 _UPKEEP: Final = state.Upkeep()
 _NEEDED: Final = ("aiohttp", "prometheus_client", "psutil")
 
@@ -139,9 +138,13 @@ class Deployment:
         apply(self.directory, self._controller, plan, profiles or {}, drain_s, on_event or (lambda _event: None))
 
     def stop(self) -> None:
-        """End the deployment and everything that it started. Stopping what has ended is no error."""
+        """End the deployment and everything that it started, once it has answered what it was asked, or the time for
+        that is up. Stopping what has ended is no error."""
         note = state.read_state(self.directory)
-        processes.end(self._controller, _DRAIN_S + _GRACE_S + 20)
+        drain_s = 0.0
+        with contextlib.suppress(FileNotFoundError):
+            drain_s = state.read_order(self.directory).drain_s
+        processes.end(self._controller, drain_s + _GRACE_S + 20)
         if self._process is not None:
             _close(self._process, self._events)
         # An orderly end leaves nothing; a controller that was killed leaves its note.
@@ -175,6 +178,7 @@ def deploy(
     api_key: str | None = None,
     kv_cache_bytes: bool = False,
     otlp_endpoint: str | None = None,
+    drain_s: float = 30.0,
     on_event: Callable[[str], None] | None = None,
 ) -> Deployment:
     """Start every replica of the plan on this machine behind one endpoint; returns when all are ready.
@@ -187,8 +191,9 @@ def deploy(
     header, "prefix" those whose prompts begin alike. With `api_key`, or else the environment's SCEPSY_API_KEY, the
     endpoint answers only those who have it. With `kv_cache_bytes` engines on GPUs are given the KV cache that the plan
     counts on by `profiles`, in bytes, instead of a part of the memory, which vLLM measures while it starts. At
-    `otlp_endpoint` engines send their spans: an address with a path by HTTP, without one by gRPC. `on_event` is told of
-    progress, from another thread once all are ready. Raises ScepsyError; nothing is then left running.
+    `otlp_endpoint` engines send their spans: an address with a path by HTTP, without one by gRPC. Once stopped it takes
+    no more requests, and ends what it answers, for `drain_s` at most. `on_event` is told of progress, from another
+    thread once all are ready. Raises ScepsyError; nothing is then left running.
     """
     _require_extra()
     if engine not in ENGINES:
@@ -224,7 +229,7 @@ def deploy(
             specs=specs,
             start_timeout_s=start_timeout_s or _START_TIMEOUT_S[engine],
             grace_s=_GRACE_S,
-            drain_s=_DRAIN_S,
+            drain_s=drain_s,
             mps_directory=mps,
             record=str(Path(record).resolve()) if record is not None else None,
             command=tuple(command) if command is not None else None,
