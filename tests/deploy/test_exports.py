@@ -50,6 +50,13 @@ def test_production_stack_gets_a_model_spec_for_each_group(plan):
     assert "requestGPUCores" not in whole
     assert gen["nodeSelectorTerms"][0]["matchExpressions"][0]["values"] == ["node0"]
     assert gen["vllmConfig"]["extraArgs"][:2] == ["--served-model-name", "Org/gen"]
+    assert gen["vllmConfig"]["enablePrefixCaching"] is True
+    for one in (gen, small, whole):
+        # Without any of these the chart renders nothing.
+        assert {name: type(one[name]) for name in ("name", "repository", "tag", "modelURL", "requestMemory")} == (
+            dict.fromkeys(("name", "repository", "tag", "modelURL", "requestMemory"), str)
+        )
+        assert {type(one[name]) for name in ("replicaCount", "requestCPU", "requestGPU")} == {int}
 
 
 def fields_of(module, name):

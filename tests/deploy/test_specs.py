@@ -21,6 +21,7 @@ def test_vllm_on_whole_gpus(make_plan, make_part):
         *("--host", "127.0.0.1", "--port", "9001"),
         *("--tensor-parallel-size", "2"),
         *("--max-num-seqs", "128", "--max-num-batched-tokens", "4096", "--max-model-len", "4096"),
+        *("--shutdown-timeout", "10", "--enable-per-request-metrics", "--enable-prompt-tokens-details"),
         "--disable-uvicorn-access-log",
         *("--gpu-memory-utilization", "0.9"),
     )

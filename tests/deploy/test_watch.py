@@ -61,13 +61,27 @@ def test_a_plan_follows_its_use(home, make_plan, make_part, profiles, tmp_path, 
         assert main([*words, "--dead-band", "0"]) == 0
 
 
-def test_a_deployment_that_records_nothing_says_so(home, make_plan, make_part, profiles, capsys):
-    with deploy(make_plan(make_part("gen", 0), cluster="1xH100"), engine="emulator", profiles=profiles):
+def test_what_cannot_be_followed_says_so(home, make_plan, make_part, profiles, capsys, monkeypatch, tmp_path):
+    with deploy(make_plan(make_part("gen", 0), cluster="1xH100"), engine="emulator", profiles=profiles) as deployment:
         assert main(["watch", "--once"]) == 2
-    assert "records no calls: deploy it with --record FOLDER" in capsys.readouterr().err
+        assert "records no calls: deploy it with --record FOLDER" in capsys.readouterr().err
+
+        def interrupt():
+            raise KeyboardInterrupt
+
+        # At the first look somebody has enough of it; at a later one the deployment ends.
+        looks = iter((interrupt, lambda: None, deployment.stop))
+        monkeypatch.setattr("scepsy.cli.watch._say", lambda _console, _text: next(looks)())
+        (tmp_path / "traces").mkdir()
+        words = ["watch", "--traces", str(tmp_path / "traces"), "--every", "0.01"]
+        assert main(words) == 0
+        assert main(words) == 2
+        assert "deployment 'default' has ended; its logs" in capsys.readouterr().err
 
 
 def test_only_what_ended_within_the_window_counts(tmp_path):
+    assert recent(tmp_path, window_s=60, now_s=time.time()) is None
+    (tmp_path / "opened.jsonl").touch()
     assert recent(tmp_path, window_s=60, now_s=time.time()) is None
     (tmp_path / "torn.jsonl").write_text("{broken\n")
     with pytest.raises(ScepsyError, match=r"torn\.jsonl"):

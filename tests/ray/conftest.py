@@ -1,4 +1,5 @@
 import os
+import uuid
 
 import pytest
 
@@ -14,7 +15,7 @@ def cluster():
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
-    os.environ[MARK] = "1"
+    os.environ[MARK] = uuid.uuid4().hex
     from ray.cluster_utils import Cluster
 
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 0, "include_dashboard": False})

@@ -9,6 +9,7 @@ from rich.console import Console
 from scepsy.cli.options import add_profiles, parse_models
 from scepsy.cli.plan import print_difference
 from scepsy.deployment import find
+from scepsy.deployment.state import read_order
 from scepsy.files import load_plan
 from scepsy.inputs import resolve_cluster_profiles
 
@@ -35,7 +36,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         print_difference(running, plan, console)
         return 0
     profiles = None
-    if deployment.status().engine == "emulator":
+    order = read_order(deployment.directory)
+    if order.engine == "emulator" or order.kv_cache_bytes:
         llms = list(dict.fromkeys(part.llm for part in plan.llms))
         models = parse_models(args.model)
         profiles = resolve_cluster_profiles(llms, plan.cluster, profiles=args.profiles, models=models)

@@ -6,6 +6,7 @@ import argparse
 import signal
 import threading
 from types import FrameType
+from typing import Final
 
 from rich.console import Console
 
@@ -16,6 +17,9 @@ from scepsy.deployment.on_ray import deploy_on_ray
 from scepsy.files import load_plan
 from scepsy.inputs import resolve_cluster_profiles
 from scepsy_optimizer.errors import ScepsyError
+
+_LOOK_EVERY_S: Final = 0.2
+_LOCAL_ONLY: Final = ("record", "affinity", "kv_cache_bytes", "otlp")
 
 HELP = "start the engines of a plan behind one OpenAI-compatible endpoint"
 
@@ -37,6 +41,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="gateway",
         help="what takes the requests: the built-in gateway (default), or HAProxy before it, for thousands per second",
     )
+    parser.add_argument(
+        "--kv-cache-bytes",
+        action="store_true",
+        help="give engines on GPUs the KV cache that their profiles count on, instead of a part of the memory",
+    )
+    parser.add_argument("--otlp", metavar="URL", help="where engines send their spans (with a path: HTTP, else gRPC)")
+    parser.add_argument(
+        "--drain",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="how long it may end its answers when stopped (default: 30)",
+    )
     parser.add_argument("--detach", action="store_true", help="return when ready; end it with scepsy stop")
     parser.add_argument(
         "--to", choices=("local", "ray", "kubernetes"), default="local", help="where (default: local, this machine)"
@@ -50,10 +67,13 @@ def run(args: argparse.Namespace, console: Console) -> int:
     plan = load_plan(args.plan)
     if args.endpoint != "gateway" and args.to != "local":
         raise ScepsyError(f"--endpoint {args.endpoint} is for --to local; with --to {args.to} leave it out")
+    given = [f"--{name.replace('_', '-')}" for name in _LOCAL_ONLY if getattr(args, name)]
+    if given and args.to != "local":
+        raise ScepsyError(f"{', '.join(given)}: only for engines on this machine, not with --to {args.to}")
     if args.to == "kubernetes":
         return kubernetes.run(plan, args, console)
     profiles = None
-    if args.engine == "emulator":
+    if args.engine == "emulator" or args.kv_cache_bytes:
         llms = list(dict.fromkeys(part.llm for part in plan.llms))
         models = parse_models(args.model)
         profiles = resolve_cluster_profiles(llms, plan.cluster, profiles=args.profiles, models=models)
@@ -83,6 +103,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
         record=args.record,
         affinity=args.affinity,
         endpoint=args.endpoint,
+        kv_cache_bytes=args.kv_cache_bytes,
+        otlp_endpoint=args.otlp,
+        drain_s=args.drain,
         on_event=lambda event: console.print(event, soft_wrap=True, markup=False, highlight=False),
     )
     console.print(f"ready: OPENAI_BASE_URL={deployment.url}", soft_wrap=True)
@@ -96,10 +119,14 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
     previous = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        told.wait()
+        while not told.wait(_LOOK_EVERY_S):
+            if deployment.crashed:
+                raise ScepsyError(f"deployment {args.name!r} has ended unasked; see {deployment.directory}/logs")
+            if not deployment.alive:
+                break
+        console.print("stopping")
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-        console.print("stopping")
         deployment.stop()
     return 0

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Final
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
-from scepsy.deployment import Deployment, find, list_deployments
+from scepsy.deployment import Deployment, Status, find, list_deployments
 from scepsy.deployment.on_ray import RayDeployment, find_on_ray
 from scepsy.report.tables import plain_table
+from scepsy_optimizer.errors import ScepsyError
 
 _WATCH_EVERY_S: Final = 1.0
 
@@ -33,35 +37,67 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Ask each deployment, show it."""
-    found: list[Deployment | RayDeployment]
-    if args.on == "ray":
-        found = [find_on_ray(args.name or "default", address=args.address)]
-    else:
-        found = [find(args.name)] if args.name else list(list_deployments())
     if args.json:
-        states = [{"url": one.url, **asdict(one.status())} for one in found]
+        states = [{"url": one.url, **asdict(one.status())} for one in _found(args)]
         sys.stdout.write(json.dumps(states, indent=2) + "\n")
         return 0
-    if not found:
-        console.print("nothing is deployed; start a plan with: scepsy deploy PLAN")
-    elif args.watch:
-        with Live(console=console, auto_refresh=False) as live:
-            while True:
-                live.update(Group(*(status_table(one) for one in found)), refresh=True)
-                time.sleep(_WATCH_EVERY_S)
-    for deployment in found:
-        console.print(status_table(deployment))
+    if not args.watch:
+        console.print(_shown(args))
+        return 0
+    # Interrupting is how it is meant to end.
+    with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
+        while True:
+            live.update(_shown(args), refresh=True)
+            time.sleep(_WATCH_EVERY_S)
     return 0
 
 
-def status_table(deployment: Deployment | RayDeployment) -> Table:
-    """One row per replica."""
-    status = deployment.status()
+def _found(args: argparse.Namespace) -> Sequence[Deployment | RayDeployment]:
+    if args.on == "ray":
+        return [find_on_ray(args.name or "default", address=args.address)]
+    return [find(args.name)] if args.name else list_deployments()
+
+
+def _shown(args: argparse.Namespace) -> Group:
+    found = _found(args)
+    if not found:
+        return Group("nothing is deployed; start a plan with: scepsy deploy PLAN")
+    shown: list[RenderableType] = []
+    for deployment in found:
+        try:
+            status = deployment.status()
+        except ScepsyError as error:
+            # The others may answer.
+            if len(found) == 1:
+                raise
+            shown.append(Text(str(error)))
+        else:
+            shown += [_heading(deployment, status), status_table(status), *_troubles(status)]
+    return Group(*shown)
+
+
+def _troubles(status: Status) -> list[Text]:
+    """What is wrong with replicas that do not serve: in one line, or for those given up in full."""
+    told = []
+    for replica in status.replicas:
+        if replica.last_error and replica.phase in ("restarting", "failed"):
+            words = replica.last_error if replica.phase == "failed" else replica.last_error.splitlines()[0]
+            told.append(Text(f"{replica.id} {replica.phase}: {words}", overflow="fold"))
+    return told
+
+
+def _heading(deployment: Deployment | RayDeployment, status: Status) -> Text:
     state = "ready" if status.ready else "not ready"
-    table = plain_table(
+    return Text(
         f"{deployment.name}: {deployment.url}, {status.engine}, {state}, up {status.up_s:.0f} s, "
         f"{status.in_flight} requests in flight",
+        style="italic",
     )
+
+
+def status_table(status: Status) -> Table:
+    """One row per replica."""
+    table = plain_table("")
     for column in ("replica", "LLM", "phase", "place"):
         table.add_column(column)
     for column in ("in flight", "served", "restarts"):

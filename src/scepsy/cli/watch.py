@@ -50,11 +50,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    """Look, compare, propose; again and again unless told otherwise."""
+    """Look, compare, propose; again and again until interrupted, unless told otherwise."""
+    try:
+        return _watch(args, console)
+    except KeyboardInterrupt:
+        return 0
+
+
+def _watch(args: argparse.Namespace, console: Console) -> int:
     deployment = find(args.name)
     folder = Path(args.traces) if args.traces else record_folder(deployment.directory)
     changed_s = 0.0
     while True:
+        if not deployment.alive:
+            raise ScepsyError(f"deployment {args.name!r} has ended; its logs: {deployment.directory}/logs")
         # A new plan is judged by what came after it only.
         window_s = min(args.window, time.time() - changed_s)
         seen = recent(folder, window_s=window_s, now_s=time.time())
@@ -63,7 +72,14 @@ def run(args: argparse.Namespace, console: Console) -> int:
             _say(console, f"{count} executions in the last {window_s:.0f} s: waiting for {args.least}")
             proposed = False
         else:
-            proposed = _look(args, console, deployment, seen)
+            try:
+                proposed = _look(args, console, deployment, seen)
+            except ScepsyError as error:
+                if args.once or not deployment.alive:
+                    raise
+                # What failed is not tried again at once: first there must be as much to go by as before.
+                _say(console, str(error))
+                proposed, changed_s = False, time.time()
         if args.once:
             return int(proposed)
         if proposed and args.apply:
@@ -81,7 +97,7 @@ def _look(args: argparse.Namespace, console: Console, deployment: Deployment, se
     if not drift.reasons:
         _say(console, f"{count}: as planned, {drift.latency_s:.3g} s predicted")
         return False
-    _say(console, f"{count}: {'; '.join(drift.reasons)}")
+    _say(console, f"{seen.workload.executions} executions: {'; '.join(drift.reasons)}")
     try:
         found = propose(plan, seen.workload, profiles, drift, dead_band=args.dead_band, replay_seed=0)
     except ScepsyError as error:

@@ -56,6 +56,8 @@ def apply(
                 seed=order.seed,
                 on_event=on_event,
                 mps_directory=order.mps_directory,
+                kv_cache_bytes=order.kv_cache_bytes,
+                otlp_endpoint=order.otlp_endpoint,
             )
             # The first one that needs a daemon has it started, for all of them.
             order = replace(order, mps_directory=order.mps_directory or mps_directory)
@@ -63,8 +65,13 @@ def apply(
 
         change = make_change(load_plan(directory / PLAN), plan, order, spec_of, drain_s=drain_s)
         change = replace(change, after=replace(change.after, mps_directory=order.mps_directory))
-        save_plan(plan, folder / PLAN)
-        write_change(folder, change)
+        try:
+            save_plan(plan, folder / PLAN)
+            write_change(folder, change)
+        except OSError as error:
+            raise ScepsyError(
+                f"{folder}: the change cannot be written down ({error.strerror}); nothing changed"
+            ) from error
         on_event(_summary(change))
         _follow(folder, controller, on_event)
 

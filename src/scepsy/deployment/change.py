@@ -16,7 +16,7 @@ from typing import Final, Literal
 from pydantic import TypeAdapter
 
 from scepsy.deployment.specs import ReplicaSpec
-from scepsy.deployment.state import Order
+from scepsy.deployment.state import Order, replace_files
 from scepsy_optimizer.cluster import same_devices
 from scepsy_optimizer.moves import Move, describe_moves, plan_moves
 from scepsy_optimizer.plan import LLMPlan, Plan, Slot
@@ -164,9 +164,7 @@ def _has_ended(events: Path) -> bool:
 
 def write_change(folder: Path, change: Change) -> None:
     """Leave it where the controller finds it, as a whole."""
-    part = folder / "change.json.part"
-    part.write_bytes(_CHANGE.dump_json(change))
-    part.replace(folder / "change.json")
+    replace_files({folder / "change.json": _CHANGE.dump_json(change)})
 
 
 def read_change(folder: Path) -> Change:

@@ -31,6 +31,7 @@ from scepsy.deployment.front import HAProxyFront
 from scepsy.deployment.gateway import Gateway
 from scepsy.deployment.mps import MpsDaemon
 from scepsy.deployment.serving import BACKLOG, listening, served
+from scepsy.deployment.shim import raise_file_limit
 from scepsy.deployment.shimmed import StartError
 from scepsy.deployment.specs import LOOPBACK
 from scepsy.deployment.state import API_KEY, DETACH, Order, State, forget, read_order, write_state
@@ -150,9 +151,8 @@ class Controller:
     async def _start_mps(self, directory: str) -> None:
         if self._mps is not None:
             return
-        self._mps = MpsDaemon(directory, self._directory / "logs" / "mps.log")
+        self._mps = MpsDaemon(directory, self._directory / "logs" / "mps.log", on_change=self._note, on_event=_say)
         await self._mps.start()
-        self._note()
 
     async def _change(self) -> None:
         while folders := change.waiting(self._directory):
@@ -185,7 +185,11 @@ class Controller:
             port=self._port,
             kept=tuple(one for one in kept if one is not None),
         )
-        write_state(self._directory, state)
+        try:
+            write_state(self._directory, state)
+        except OSError as error:
+            # Its processes end with this one all the same; only if their shims are killed as well are they not found.
+            _say(f"which processes there are cannot be written down: {error}")
         if self._front is not None:
             self._front.look()
 
@@ -202,7 +206,8 @@ def report(**fields: object) -> None:
         # Nobody will read it, nor what is left in the buffer.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if "event" in fields:
-        print(f"{time.strftime('%F %T')} {fields['event']}", file=sys.stderr, flush=True)  # noqa: T201 - the log
+        with contextlib.suppress(OSError):  # as on a full disk
+            print(f"{time.strftime('%F %T')} {fields['event']}", file=sys.stderr, flush=True)  # noqa: T201 - the log
 
 
 async def _watch_starter(controller: Controller) -> None:
@@ -254,6 +259,12 @@ def main() -> int:
     else:
         factory = uvloop.new_event_loop
     directory = Path(sys.argv[1])
+    # Each request in flight takes two connections.
+    raise_file_limit()
+    # The name is free when this process has ended: uvloop would pass its lock on to every shim.
+    for number in os.listdir("/proc/self/fd"):  # noqa: PTH208 - numbers, not paths
+        with contextlib.suppress(OSError):
+            os.set_inheritable(int(number), int(number) < 3)
     try:
         with asyncio.Runner(loop_factory=factory) as runner:
             runner.run(_main(directory))

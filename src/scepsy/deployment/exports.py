@@ -12,9 +12,12 @@ from typing import Any, Final
 
 import yaml
 
-from scepsy.deployment.specs import replica_ids
+from scepsy.deployment.specs import SHUTDOWN_S, replica_ids
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.plan import LLMPlan, Plan
+
+VLLM_IMAGE_TAG: Final = "v0.32.0"
+"""The version whose options are exported."""
 
 DESCRIPTIONS: Final[Mapping[str, str]] = {
     "litellm": "LiteLLM's model_list with the replicas' addresses and weights; routing is to be least-busy",
@@ -97,7 +100,9 @@ def _ray_serve(plan: Plan, _urls: Sequence[str]) -> str:
 def _production_stack(plan: Plan, _urls: Sequence[str]) -> str:
     taken: dict[str, int] = {}
     specs = [_model_spec(part, taken) for part in plan.llms]
-    return _yaml({"servingEngineSpec": {"modelSpec": specs}, "routerSpec": {"routingLogic": "roundrobin"}})
+    # The chart's own strategy starts the new pod beside the old one, for which a planned cluster has no room.
+    engines = {"strategy": {"type": "Recreate"}, "modelSpec": specs}
+    return _yaml({"servingEngineSpec": engines, "routerSpec": {"routingLogic": "roundrobin"}})
 
 
 def _model_spec(part: LLMPlan, taken: dict[str, int]) -> dict[str, Any]:
@@ -106,17 +111,26 @@ def _model_spec(part: LLMPlan, taken: dict[str, int]) -> dict[str, Any]:
     number = taken[word] = taken.get(word, 0) + 1
     spec: dict[str, Any] = {
         "name": word if number == 1 else f"{word}-{number}",
+        "repository": "vllm/vllm-openai",
+        "tag": VLLM_IMAGE_TAG,
         "modelURL": part.model,
         "replicaCount": part.replicas,
+        # The chart wants them. A process of vLLM's per GPU, and two that serve and schedule, each with its core.
+        "requestCPU": part.tensor_parallel_size + 2,
+        "requestMemory": f"{4 * (part.tensor_parallel_size + 2)}Gi",
         "requestGPU": part.tensor_parallel_size,
         "vllmConfig": {
             "tensorParallelSize": part.tensor_parallel_size,
             "maxModelLen": part.max_model_len,
+            "maxNumSeqs": part.max_num_seqs,
             "gpuMemoryUtilization": part.gpu_memory_utilization,
+            # Without a word the chart turns off what vLLM has on.
+            "enablePrefixCaching": True,
             "extraArgs": [
                 *("--served-model-name", part.llm),
-                *("--max-num-seqs", str(part.max_num_seqs)),
                 *("--max-num-batched-tokens", str(part.max_num_batched_tokens)),
+                *("--shutdown-timeout", str(SHUTDOWN_S)),
+                *("--enable-per-request-metrics", "--enable-prompt-tokens-details"),
             ],
         },
     }

@@ -134,6 +134,12 @@ class Fleet:
         replica.spec = replace(replica.spec, node=spec.node, devices=spec.devices, weight=spec.weight)
         replica.backend.weight = spec.weight
 
+    def revive(self, spec_id: str) -> None:
+        """Try one again that was given up; any other is left as it is."""
+        if self._replicas[spec_id].phase == "failed":
+            self._keeping[spec_id].cancel()
+            self._keep(spec_id, "was given up, and is asked for again")
+
     async def stop(self) -> None:
         """End all of them and everything that they started."""
         for keeping in self._keeping.values():
@@ -153,6 +159,7 @@ class Fleet:
             turn=self._turns.of(spec),
             on_change=self._on_change,
             on_event=self._on_event,
+            upkeep=self._order.upkeep,
         )
 
     def _enlist(self, replica: Replica) -> None:

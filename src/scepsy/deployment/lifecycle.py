@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.util
 import json
 import os
@@ -13,7 +12,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,10 +20,11 @@ from typing import IO, Any, Final, Self
 
 from pydantic import TypeAdapter
 
-from scepsy.deployment import change, processes, quota, state
+from scepsy.deployment import change, processes, state
 from scepsy.deployment.affinity import Affinity
 from scepsy.deployment.apply import apply
 from scepsy.deployment.haproxy import find_binary
+from scepsy.deployment.names import claim, sweep
 from scepsy.deployment.prepare import prepare
 from scepsy.deployment.processes import Identity
 from scepsy.deployment.specs import ENGINES, Engine
@@ -35,7 +35,7 @@ from scepsy_optimizer.profile import Profiles
 
 _START_TIMEOUT_S: Final = {"vllm": 1800.0, "vllm-cpu": 600.0, "emulator": 60.0}
 _GRACE_S: Final = 15.0
-_DRAIN_S: Final = 5.0
+_UPKEEP: Final = state.Upkeep()
 _NEEDED: Final = ("aiohttp", "httptools", "prometheus_client", "psutil")
 
 
@@ -95,6 +95,19 @@ class Deployment:
         """The base URL for OpenAI clients."""
         return f"http://{self._host}:{self._port}/v1"
 
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs."""
+        return self._controller.alive
+
+    @property
+    def crashed(self) -> bool:
+        """Whether it has ended without having been told to: then its note is still there."""
+        if self.alive:
+            return False
+        note = state.read_state(self.directory)
+        return note is not None and note.controller == self._controller
+
     def status(self) -> Status:
         """What runs now. Raises ScepsyError if the deployment has ended."""
         try:
@@ -117,22 +130,27 @@ class Deployment:
         if there is an order in which none does.
 
         A replica that stops first answers what it has, for `drain_s` at most. Where a new one does not come up, all
-        steps are undone. `profiles` are for emulators. Raises ScepsyError where the change is impossible, failed, or
-        another one is under way; what ran before then runs.
+        steps are undone. One that was given up is tried again. `profiles` are for emulators, and for KV caches in
+        bytes. Raises ScepsyError where the change is impossible, failed, or another one is under way; what ran before
+        then runs.
         """
         if not self.status().ready:
             raise ScepsyError(f"deployment {self.name!r} is still starting; wait until it is ready")
         apply(self.directory, self._controller, plan, profiles or {}, drain_s, on_event or (lambda _event: None))
 
     def stop(self) -> None:
-        """End the deployment and everything that it started. Stopping what has ended is no error."""
+        """End the deployment and everything that it started, once it has answered what it was asked, or the time for
+        that is up. Stopping what has ended is no error."""
         note = state.read_state(self.directory)
-        processes.end(self._controller, _DRAIN_S + _GRACE_S + 20)
+        drain_s = 0.0
+        with contextlib.suppress(FileNotFoundError):
+            drain_s = state.read_order(self.directory).drain_s
+        processes.end(self._controller, drain_s + _GRACE_S + 20)
         if self._process is not None:
             _close(self._process, self._events)
         # An orderly end leaves nothing; a controller that was killed leaves its note.
         if note is not None and note.controller == self._controller:
-            _sweep(self.directory)
+            sweep(self.directory)
 
     def __enter__(self) -> Self:
         return self
@@ -160,6 +178,9 @@ def deploy(
     affinity: str | None = None,
     api_key: str | None = None,
     endpoint: state.EndpointKind = "gateway",
+    kv_cache_bytes: bool = False,
+    otlp_endpoint: str | None = None,
+    drain_s: float = 30.0,
     on_event: Callable[[str], None] | None = None,
 ) -> Deployment:
     """Start every replica of the plan on this machine behind one endpoint; returns when all are ready.
@@ -171,9 +192,11 @@ def deploy(
     `affinity` sends requests that belong together to one replica: "session:HEADER" those with the same value of a
     header, "prefix" those whose prompts begin alike. With `api_key`, or else the environment's SCEPSY_API_KEY, the
     endpoint answers only those who have it. With `endpoint` "haproxy" HAProxy stands before the gateway and takes a
-    fraction of its processor time; it records nothing and knows no affinity by prefix. `on_event` is told of progress,
-    from another thread once all are ready.
-    Raises ScepsyError; nothing is then left running.
+    fraction of its processor time; it records nothing and knows no affinity by prefix. With `kv_cache_bytes` engines on
+    GPUs are given the KV cache that the plan counts on by `profiles`, in bytes, instead of a part of the memory, which
+    vLLM measures while it starts. At `otlp_endpoint` engines send their spans: an address with a path by HTTP, without
+    one by gRPC. Once stopped it takes no more requests, and ends what it answers, for `drain_s` at most. `on_event` is
+    told of progress, from another thread once all are ready. Raises ScepsyError; nothing is then left running.
     """
     _require_extra()
     if engine not in ENGINES:
@@ -187,7 +210,7 @@ def deploy(
         raise ScepsyError(f"endpoint {endpoint!r}: use gateway or haproxy")
     told = on_event or (lambda _event: None)
     directory = state.folder(name)
-    with _claim(name, directory) as lock:
+    with claim(name, directory) as lock:
         for old in ("logs", "profiles", change.CHANGES):
             shutil.rmtree(directory / old, ignore_errors=True)
         (directory / "logs").mkdir()
@@ -201,6 +224,8 @@ def deploy(
             engine_args=engine_args,
             seed=seed,
             on_event=told,
+            kv_cache_bytes=kv_cache_bytes,
+            otlp_endpoint=otlp_endpoint,
         )
         order = state.Order(
             name=name,
@@ -210,7 +235,7 @@ def deploy(
             specs=specs,
             start_timeout_s=start_timeout_s or _START_TIMEOUT_S[engine],
             grace_s=_GRACE_S,
-            drain_s=_DRAIN_S,
+            drain_s=drain_s,
             mps_directory=mps,
             record=str(Path(record).resolve()) if record is not None else None,
             command=tuple(command) if command is not None else None,
@@ -218,6 +243,9 @@ def deploy(
             seed=seed,
             affinity=affinity,
             endpoint=endpoint,
+            kv_cache_bytes=kv_cache_bytes,
+            otlp_endpoint=otlp_endpoint,
+            upkeep=_UPKEEP,
         )
         state.write_order(directory, order)
         told(f"starting {len(specs)} replicas of {len({spec.llm for spec in specs})} LLMs ({engine})")
@@ -235,7 +263,7 @@ def find(name: str = "default") -> Deployment:
         known = ", ".join(state.names()) or "none"
         raise ScepsyError(f"no deployment {name!r} is running (running: {known})")
     if note.boot != processes.boot_id() or not note.controller.alive:
-        _sweep(directory)
+        sweep(directory)
         raise ScepsyError(
             f"deployment {name!r} had ended unasked; what it left is ended now. Its logs: {directory}/logs"
         )
@@ -244,7 +272,7 @@ def find(name: str = "default") -> Deployment:
 
 def stop(name: str = "default") -> None:
     """End the deployment of that name and everything that it started. Raises ScepsyError if there is none."""
-    if _sweep(state.folder(name)):
+    if sweep(state.folder(name)):
         return
     find(name).stop()
 
@@ -253,44 +281,10 @@ def list_deployments() -> tuple[Deployment, ...]:
     """All running deployments, by name; what killed ones have left is ended."""
     found = []
     for name in state.names():
-        if not _sweep(state.folder(name)):
+        if not sweep(state.folder(name)):
             with contextlib.suppress(ScepsyError):  # it may end meanwhile
                 found.append(find(name))
     return tuple(found)
-
-
-def _sweep(directory: Path) -> bool:
-    """End what a dead controller has left; False if there is no dead controller."""
-    note = state.read_state(directory)
-    if note is None:
-        return False
-    if note.boot == processes.boot_id():
-        if note.controller.alive:
-            return False
-        for kept in note.kept:
-            state.end_kept(kept)
-        quota.release_unused()
-    state.forget(directory)
-    return True
-
-
-@contextlib.contextmanager
-def _claim(name: str, directory: Path) -> Iterator[IO[bytes]]:
-    """Hold the name: the lock passes on to the controller, and is free when that has ended."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = (directory / "lock").open("wb")
-    except OSError as error:
-        raise ScepsyError(f"{directory}: cannot be written ({error.strerror}); set SCEPSY_HOME") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ScepsyError(
-                f"a deployment {name!r} is running; end it with `scepsy stop {name}` or give another name (--name)"
-            ) from None
-        _sweep(directory)
-        yield lock
 
 
 def _launch(
@@ -321,7 +315,7 @@ def _launch(
     except BaseException:
         processes.end(controller, _GRACE_S + 20)
         _close(process)
-        _sweep(directory)
+        sweep(directory)
         raise
     if detach:
         process.stdin.write(state.DETACH)

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
+from scepsy.discovery.products import device_type_of
+from scepsy_optimizer.cluster import Node
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.plan import Plan
 
+_ANSWER_S: Final = 60
 _MPS_CONTROL = "nvidia-cuda-mps-control"
 _DEFAULT_MPS_DIRECTORY = "/tmp/nvidia-mps"  # noqa: S108 - NVIDIA's default, the same on every machine
+_PCI: Final = Path("/sys/bus/pci/devices")
+_LISTED_GPU: Final = re.compile(r"GPU (\d+): (.+) \(UUID: (GPU-\S+)\)")
+_LISTED_MIG: Final = re.compile(r"\s+(MIG \S+)\s.*\(UUID: (MIG-\S+)\)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """A GPU of this machine."""
+    """A GPU of this machine, or a MIG instance; `cores` are those on its side of the machine, empty where all are."""
 
     uuid: str
     name: str
+    cores: tuple[int, ...] = ()
 
 
 def cores() -> list[int]:
@@ -31,7 +40,7 @@ def cores() -> list[int]:
 def find_gpus() -> list[Gpu]:
     """The GPUs that this process may use, in their order; those of CUDA_VISIBLE_DEVICES if it is set.
 
-    Raises ScepsyError where NVIDIA's driver does not answer.
+    A GPU in MIG mode stands for its instances. Raises ScepsyError where NVIDIA's driver does not answer.
     """
     tool = shutil.which("nvidia-smi")
     if tool is None:
@@ -39,25 +48,61 @@ def find_gpus() -> list[Gpu]:
             "engine 'vllm' needs NVIDIA GPUs, but this machine has no nvidia-smi; "
             "without GPUs use engine 'vllm-cpu' or 'emulator'"
         )
-    query = [tool, "--query-gpu=index,uuid,name", "--format=csv,noheader"]
-    shown = subprocess.run(query, capture_output=True, text=True, check=False, timeout=60)
+    buses = _asked(tool, "--query-gpu=uuid,pci.bus_id", "--format=csv,noheader")
+    beside = {uuid.strip(): _cores_beside(bus.strip()) for uuid, _, bus in (one.partition(",") for one in buses)}
+    listed: list[tuple[str, Gpu, list[Gpu]]] = []
+    for line in _asked(tool, "-L"):
+        if gpu := _LISTED_GPU.match(line):
+            listed.append((gpu[1], Gpu(uuid=gpu[3], name=gpu[2], cores=beside.get(gpu[3], ())), []))
+        elif listed and (mig := _LISTED_MIG.match(line)):
+            _, whole, instances = listed[-1]
+            instances.append(Gpu(uuid=mig[2], name=f"{whole.name} {mig[1]}", cores=whole.cores))
+    found: dict[str, list[Gpu]] = {}
+    for index, whole, instances in listed:
+        found[index] = found[whole.uuid] = instances or [whole]
+        found |= {one.uuid: [one] for one in instances}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    wanted = [key for key in found if key.isdigit()] if visible is None else [key.strip() for key in visible.split(",")]
+    return [gpu for key in wanted for gpu in found.get(key, ())]
+
+
+def _asked(tool: str, *words: str) -> list[str]:
+    try:
+        shown = subprocess.run([tool, *words], capture_output=True, text=True, check=False, timeout=_ANSWER_S)
+    except subprocess.TimeoutExpired:
+        raise ScepsyError(f"nvidia-smi does not answer within {_ANSWER_S} s: the driver hangs; see dmesg") from None
+    except OSError as error:
+        raise ScepsyError(f"{tool}: cannot be run ({error.strerror})") from error
     if shown.returncode != 0:
         said = (shown.stderr or shown.stdout).strip() or f"exit code {shown.returncode}"
         raise ScepsyError(f"engine 'vllm' needs NVIDIA GPUs, but nvidia-smi says: {said}")
-    found = {}
-    for line in shown.stdout.splitlines():
-        index, uuid, name = (field.strip() for field in line.split(",", 2))
-        found[index] = found[uuid] = Gpu(uuid=uuid, name=name)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    wanted = [key for key in found if key.isdigit()] if visible is None else [key.strip() for key in visible.split(",")]
-    return [found[key] for key in wanted if key in found]
+    return shown.stdout.splitlines()
+
+
+def _cores_beside(bus: str) -> tuple[int, ...]:
+    """The cores of a PCI device's socket that this process may use; empty where it may use no others, or none."""
+    try:
+        # The driver writes the domain in eight digits, the kernel in four.
+        text = (_PCI / bus.lower()[-12:] / "local_cpulist").read_text(encoding="ascii")
+    except OSError:
+        return ()
+    local: set[int] = set()
+    for piece in text.strip().split(","):
+        first, _, last = piece.partition("-")
+        local.update(range(int(first), int(last or first) + 1) if first else ())
+    mine = set(cores())
+    return tuple(sorted(local & mine)) if not mine <= local else ()
 
 
 def check_gpus(plan: Plan, gpus: list[Gpu]) -> list[str]:
     """Raises ScepsyError if a device of the plan is not here; returns what is odd but may be meant."""
-    node = plan.cluster.nodes[0]
+    return [remark for node in plan.cluster.nodes for remark in _check_node(plan, node, gpus)]
+
+
+def _check_node(plan: Plan, node: Node, gpus: list[Gpu]) -> list[str]:
     here = {gpu.uuid: gpu for gpu in gpus}
-    used = sorted({device for part in plan.llms for slot in part.slots for device in slot.devices})
+    slots = [slot for part in plan.llms for slot in part.slots if slot.node == node.name]
+    used = sorted({device for slot in slots for device in slot.devices})
     if node.uuids:
         missing = [node.uuids[device] for device in used if node.uuids[device] not in here]
         if missing:
@@ -71,7 +116,10 @@ def check_gpus(plan: Plan, gpus: list[Gpu]) -> list[str]:
                 f"plan for --cluster {len(gpus)}x{node.device_type}"
             )
         chosen = [gpus[device] for device in used]
-    others = sorted({gpu.name for gpu in chosen if node.device_type.lower() not in gpu.name.lower()})
+    # A type may end with a memory that the product's name does not tell.
+    others = sorted(
+        {gpu.name for gpu in chosen if not f"{node.device_type}_".startswith(f"{device_type_of(gpu.name)}_")}
+    )
     return [f"the plan is for {node.device_type}, this machine has {', '.join(others)}"] if others else []
 
 

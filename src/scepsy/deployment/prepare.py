@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from scepsy.deployment.specs import DEFAULT_COMMAND, Engine, ReplicaSpec, emulat
 from scepsy.files import profile_text
 from scepsy_optimizer.engine import Engine as EngineModel
 from scepsy_optimizer.errors import ScepsyError
-from scepsy_optimizer.plan import Plan
+from scepsy_optimizer.plan import LLMPlan, Plan
 from scepsy_optimizer.profile import GIB, Profiles, find_profile, profiles_of
 
 
@@ -28,10 +29,12 @@ def prepare(
     seed: int,
     on_event: Callable[[str], None],
     mps_directory: str | None = None,
+    kv_cache_bytes: bool = False,
+    otlp_endpoint: str | None = None,
 ) -> tuple[tuple[ReplicaSpec, ...], str | None]:
     """The replicas to start, and the folder of the MPS daemon to start before them, if one is needed.
 
-    `mps_directory` is that of a daemon that is there already.
+    `mps_directory` is that of a daemon that is there already. `kv_cache_bytes` and `otlp_endpoint` are as in `deploy`.
     Raises ScepsyError where this machine lacks what the plan needs.
     """
     ports = processes.free_ports(sum(part.replicas for part in plan.llms))
@@ -51,9 +54,11 @@ def prepare(
             kv_cache_gib=_kv_cache_gib(plan, profiles),
             command=words,
             engine_args=engine_args,
+            otlp_endpoint=otlp_endpoint,
         )
         return specs, None
-    if len(plan.cluster.nodes) > 1:
+    # A machine with GPUs of several types, or with MIG instances, is several nodes, which their UUIDs bring together.
+    if len(plan.cluster.nodes) > 1 and not all(node.uuids for node in plan.cluster.nodes):
         raise ScepsyError(
             f"the plan has {len(plan.cluster.nodes)} nodes, but engine 'vllm' starts everything on this machine; "
             f"plan for one node, such as --cluster 8x{plan.cluster.device_type}"
@@ -67,9 +72,19 @@ def prepare(
         mps = mps_directory or machine.running_mps()
         if mps is None:
             machine.mps_command()
-            mps = started = tempfile.mkdtemp(prefix="scepsy-mps-")
-    uuids = [gpu.uuid for gpu in gpus]
-    specs = vllm_specs(plan, ports=ports, command=words, engine_args=engine_args, gpus=uuids, mps_pipe_directory=mps)
+            # Only named: whoever starts the daemon makes it, so that nothing is left where nobody does.
+            mps = started = f"{tempfile.gettempdir()}/scepsy-mps-{secrets.token_hex(4)}"
+    specs = vllm_specs(
+        plan,
+        ports=ports,
+        command=words,
+        engine_args=engine_args,
+        gpus=[gpu.uuid for gpu in gpus],
+        host_cores={gpu.uuid: gpu.cores for gpu in gpus},
+        mps_pipe_directory=mps,
+        kv_cache_bytes=_kv_cache_bytes(plan, profiles) if kv_cache_bytes else None,
+        otlp_endpoint=otlp_endpoint,
+    )
     return specs, started
 
 
@@ -83,15 +98,21 @@ def _check_command(words: tuple[str, ...]) -> None:
 
 def _kv_cache_gib(plan: Plan, profiles: Profiles) -> list[int]:
     """Whole GiB of KV cache of each rank, for each group: 1 where the LLM has no profile."""
-    found = []
-    for part in plan.llms:
-        size = 0.0
-        if part.llm in profiles:
-            profile = find_profile(profiles_of(profiles, part.llm), part.device_type)
-            tokens = profile.kv_tokens(part.tensor_parallel_size, part.fraction)
-            size = tokens * profile.at(part.tensor_parallel_size).kv_bytes_per_token
-        found.append(max(1, int(size // GIB)))
-    return found
+    return [max(1, int(_kv_bytes(part, profiles) // GIB)) if part.llm in profiles else 1 for part in plan.llms]
+
+
+def _kv_cache_bytes(plan: Plan, profiles: Profiles) -> list[int]:
+    missing = sorted({part.llm for part in plan.llms} - set(profiles))
+    if missing:
+        raise ScepsyError(f"a KV cache in bytes needs a profile of each LLM, and there is none of {', '.join(missing)}")
+    return [int(_kv_bytes(part, profiles)) for part in plan.llms]
+
+
+def _kv_bytes(part: LLMPlan, profiles: Profiles) -> float:
+    """The KV cache on each device that the plan counts on."""
+    profile = find_profile(profiles_of(profiles, part.llm), part.device_type)
+    tokens = profile.kv_tokens(part.tensor_parallel_size, part.fraction)
+    return tokens * profile.at(part.tensor_parallel_size).kv_bytes_per_token
 
 
 def _profile_files(plan: Plan, profiles: Profiles, directory: Path) -> list[str]:

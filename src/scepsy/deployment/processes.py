@@ -10,10 +10,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from scepsy.deployment.shim import is_resource_tracker, signal_tree
 from scepsy.deployment.specs import LOOPBACK
 from scepsy_optimizer.errors import ScepsyError
 
 _POLL_S = 0.02
+_REST_S = 5.0
+_TRACKER_S = 2.0
 # Below the range from which Linux gives ports to outgoing connections.
 _PORTS = range(18000, 32000)
 
@@ -67,19 +70,29 @@ def wait_gone(identity: Identity, timeout_s: float) -> bool:
     return True
 
 
-def end_session(leader: Identity) -> None:
-    """Kill whatever is left of the session that a process led, the leader being dead or not."""
-    deadline = time.monotonic() + 5.0
-    while time.monotonic() < deadline:
-        left = [pid for pid in _pids() if _belongs(pid, leader)]
+def end_rest(leader: Identity | None, scratch: str) -> None:
+    """Kill whatever is left of the session that a process led, the leader being dead or not, and of those that have
+    left it: they were given the folder `scratch` for temporary files, and nobody else was."""
+    mark = f"TMPDIR={scratch}\0".encode()
+    begun = time.monotonic()
+    while (passed_s := time.monotonic() - begun) < _REST_S:
+        left = [pid for pid in _pids() if (leader and _belongs(pid, leader)) or _has_in_environment(pid, mark)]
+        # Python's resource trackers end by themselves once all others have, and remove their shared memory.
+        others = [pid for pid in left if passed_s > _TRACKER_S or not is_resource_tracker(pid)]
         if not left:
             return
-        for pid in left:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        signal_tree(others, signal.SIGKILL)
         time.sleep(_POLL_S)
+
+
+def _has_in_environment(pid: int, mark: bytes) -> bool:
+    try:
+        if mark not in Path(f"/proc/{pid}/environ").read_bytes():
+            return False
+    except OSError:
+        return False
+    found = _stat(pid)
+    return found is not None and found[1] != "Z"
 
 
 def _belongs(pid: int, leader: Identity) -> bool:

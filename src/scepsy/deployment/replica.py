@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -16,18 +18,15 @@ from scepsy.deployment import probe, processes, quota
 from scepsy.deployment.backends import Backend, Pool
 from scepsy.deployment.shimmed import START_MARK, Shimmed, StartError, exit_text
 from scepsy.deployment.specs import ReplicaSpec
-from scepsy.deployment.state import Kept
+from scepsy.deployment.state import Kept, Upkeep
 
 Phase = Literal["waiting", "starting", "ready", "restarting", "failed", "draining", "stopped"]
 
 LAST_LINES: Final = 20
+_LOG_BYTES: Final = 1 << 18  # of the log's end, in which the last start's words are looked for
 _POLL_S: Final = (0.05, 0.5)  # between looks at a starting replica, first and longest
-_HEALTH_EVERY_S: Final = 5.0
-_HEALTH_TIMEOUT_S: Final = 10.0
-_HEALTH_MISSES: Final = 6
-_BACK_OFF_S: Final = (1.0, 60.0)
 _STEADY_S: Final = 600.0  # after this long in service, an end counts as the first again
-_EARLY_ENDS: Final = 5  # so many starts in a row that never became ready, and it is given up
+_OUT_OF_FILES: Final = (errno.EMFILE, errno.ENFILE)
 
 _CAUSE = re.compile(r"\b(?:\w*(?:Error|Exception)\b.*|.*out of memory.*|.*No available memory.*)", re.IGNORECASE)
 _NO_CAUSE = re.compile(
@@ -51,6 +50,7 @@ class Replica:
         turn: Callable[[], AbstractAsyncContextManager[None]],
         on_change: Callable[[], None],
         on_event: Callable[[str], None],
+        upkeep: Upkeep = Upkeep(),  # noqa: B008 - frozen
     ) -> None:
         """`turn` is held while starting: replicas on one device start one after another."""
         self.spec = spec
@@ -66,6 +66,7 @@ class Replica:
         self._turn = turn
         self._on_change = on_change
         self._on_event = on_event
+        self._upkeep = upkeep
         self._process: Shimmed | None = None
 
     @property
@@ -100,9 +101,11 @@ class Replica:
                 await self._until_ready(process, begun_s + self._start_timeout_s)
             except BaseException as error:
                 await self._end()
-                if isinstance(error, StartError):
-                    self.last_error = str(error)
-                raise
+                if not isinstance(error, Exception):
+                    raise
+                # Whatever stands in the way of one replica is no reason to end the others.
+                self.last_error = str(error) if isinstance(error, StartError) else f"{self.spec.id}: {error!r}"
+                raise StartError(self.last_error) from error
         self._on_event(f"{self.spec.id} ready after {time.monotonic() - begun_s:.1f} s ({self.spec.place})")
         self._set("ready")
 
@@ -119,8 +122,10 @@ class Replica:
             await self._end()
             if time.monotonic() - ready_s > _STEADY_S:
                 early = 0
+            first_s, longest_s = self._upkeep.back_off_s
+            failed = 0
             while True:
-                await asyncio.sleep(min(_BACK_OFF_S[1], _BACK_OFF_S[0] * 2 ** min(early, 10)))
+                await asyncio.sleep(min(longest_s, first_s * 2 ** min(early, 10)))
                 self.restarts += 1
                 early += 1
                 try:
@@ -128,11 +133,12 @@ class Replica:
                     break
                 except StartError as error:
                     self._set("restarting")
-                    self._on_event(str(error).splitlines()[0])
-                    if early >= _EARLY_ENDS:
+                    failed += 1
+                    if failed >= self._upkeep.failed_starts:
                         self._set("failed")
-                        self._on_event(f"{self.spec.id} given up after {early} starts; see {self._log}")
+                        self._on_event(f"{self.spec.id} given up after {failed} starts that failed. The last: {error}")
                         await asyncio.Event().wait()
+                    self._on_event(str(error).splitlines()[0])
 
     def leave(self) -> None:
         """Get no more requests; those that it has it may end."""
@@ -190,7 +196,7 @@ class Replica:
             self._limit_workers(process, self.spec.core_quota)
 
     async def _serves(self) -> bool:
-        timeout = aiohttp.ClientTimeout(total=_HEALTH_TIMEOUT_S)
+        timeout = aiohttp.ClientTimeout(total=self._upkeep.health_timeout_s)
         try:
             async with self._session.get(f"{self.spec.url}/health", timeout=timeout) as answer:
                 if answer.status != 200:
@@ -227,20 +233,33 @@ class Replica:
         assert process is not None  # noqa: S101 - it was started
         misses = 0
         while True:
-            done, _ = await asyncio.wait([process.ended], timeout=_HEALTH_EVERY_S)
-            if done:
-                return f"ended unasked ({exit_text(process.ended.result())})"
-            misses = 0 if await self._healthy() else misses + 1
-            if misses >= _HEALTH_MISSES:
+            checking = asyncio.ensure_future(self._checked())
+            try:
+                await asyncio.wait([process.ended, checking], return_when=asyncio.FIRST_COMPLETED)
+                if process.ended.done():
+                    return f"ended unasked ({exit_text(process.ended.result())})"
+                misses = 0 if checking.result() else misses + 1
+            finally:
+                checking.cancel()
+            if misses >= self._upkeep.health_misses:
                 return f"did not answer {misses} health checks"
+            # One that is silent gets no requests while another can take them; alone it may only be busy.
+            others = any(one.ready for one in self.pool.backends if one is not self.backend)
+            is_ready = not misses or not others
+            if is_ready != self.backend.ready:
+                self.backend.ready = is_ready
+                self.pool.changed()
 
-    async def _healthy(self) -> bool:
-        timeout = aiohttp.ClientTimeout(total=_HEALTH_TIMEOUT_S)
+    async def _checked(self) -> bool:
+        """Whether it is healthy, a while from now."""
+        await asyncio.sleep(self._upkeep.health_every_s)
+        timeout = aiohttp.ClientTimeout(total=self._upkeep.health_timeout_s)
         try:
             async with self._session.get(f"{self.spec.url}/health", timeout=timeout) as answer:
                 return answer.status == 200
-        except (aiohttp.ClientError, TimeoutError, OSError):
-            return False
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            # What this process lacks says nothing of the engine.
+            return getattr(error, "errno", None) in _OUT_OF_FILES
 
     async def _end(self) -> None:
         process, self._process = self._process, None
@@ -253,7 +272,12 @@ class Replica:
 
     def _last_words(self) -> str:
         """The last lines of its last start, and the first error among them that says more than that it failed."""
-        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
+        try:
+            with self._log.open("rb") as log:
+                log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_BYTES))
+                lines = log.read().decode(errors="replace").splitlines()
+        except OSError as error:
+            return f"Its log {self._log} cannot be read ({error.strerror})."
         starts = [number for number, line in enumerate(lines) if line.startswith(START_MARK)]
         own = [line.rstrip() for line in lines[starts[-1] + 1 if starts else 0 :] if line.strip()]
         if not own:

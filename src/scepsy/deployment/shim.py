@@ -9,6 +9,7 @@ removed.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
@@ -70,7 +72,7 @@ def start(command: list[str], log: str) -> int | None:
     def die_with_the_shim() -> None:
         _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
-    with Path(log).open("ab") as output:
+    with open_log(log) as output:
         try:
             child = subprocess.Popen(
                 command,
@@ -83,11 +85,20 @@ def start(command: list[str], log: str) -> int | None:
                 preexec_fn=die_with_the_shim,
             )
         except OSError as error:
-            output.write(f"cannot start {command[0]}: {error.strerror}\n".encode())
+            with contextlib.suppress(OSError):
+                output.write(f"cannot start {command[0]}: {error.strerror}\n".encode())
             return None
     # The shim reaps by itself, adopted processes too.
     child.returncode = 0
     return child.pid
+
+
+def open_log(log: str) -> BinaryIO:
+    """The log to add to, or nothing where it cannot be written: serving does not depend on it."""
+    try:
+        return Path(log).open("ab", buffering=0)
+    except OSError:
+        return Path(os.devnull).open("ab", buffering=0)
 
 
 def reap(child: int) -> int | None:
@@ -159,8 +170,8 @@ def signal_tree(pids: list[int], number: int) -> None:
     for pid in pids:
         try:
             os.kill(pid, number)
-        except ProcessLookupError:
-            continue
+        except (ProcessLookupError, PermissionError):
+            continue  # it has ended, or has become another user's
 
 
 def raise_file_limit() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -47,34 +49,38 @@ class Shimmed:
     ) -> Shimmed:
         """Start the command; `env` is added to this process's environment, output is added to `log`.
 
-        It inherits `pass_fds` under the same numbers.
+        It inherits `pass_fds` under the same numbers. Raises StartError where that is impossible.
         """
-        # Short, because vLLM puts sockets there, whose paths may not exceed 107 bytes.
-        scratch = tempfile.mkdtemp(prefix="scepsy-")
-        environment = os.environ | {"TMPDIR": scratch, "VLLM_RPC_BASE_PATH": scratch} | dict(env)
-        with log.open("a", encoding="utf-8") as output:
+        # A log that cannot be written, as on a full disk, is no reason not to serve.
+        with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as output:
             output.write(f"{START_MARK}{time.strftime('%F %T')} {' '.join(argv)}\n")
-        shim = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-I", "-S", str(_SHIM), str(grace_s), str(log), scratch),
-            *argv,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            env=environment,
-            start_new_session=True,
-            pass_fds=pass_fds,
-        )
         try:
+            # Short, because vLLM puts sockets there, whose paths may not exceed 107 bytes.
+            scratch = tempfile.mkdtemp(prefix="scepsy-")
+        except OSError as error:
+            raise StartError(f"{name}: no folder for its temporary files can be made: {error}") from error
+        environment = os.environ | {"TMPDIR": scratch, "VLLM_RPC_BASE_PATH": scratch} | dict(env)
+        try:
+            shim = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-I", "-S", str(_SHIM), str(grace_s), str(log), scratch),
+                *argv,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                env=environment,
+                start_new_session=True,
+                pass_fds=pass_fds,
+            )
             identity = processes.identify(shim.pid)
-        except ProcessLookupError:
-            raise StartError(f"{name}: its shim ended at once; see {log}") from None
-        kept = Kept(id=name, shim=identity, engine=None, scratch=scratch)
+        except OSError as error:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise StartError(f"{name}: no process can be started for it: {error}") from error
         assert shim.stdout is not None  # noqa: S101 - it was started with a pipe
         line = await shim.stdout.readline()
         try:
             engine = processes.identify(int(line)) if line else None
         except ProcessLookupError:
             engine = None
-        return cls(shim, Kept(id=name, shim=kept.shim, engine=engine, scratch=scratch), grace_s)
+        return cls(shim, Kept(id=name, shim=identity, engine=engine, scratch=scratch), grace_s)
 
     @property
     def pid(self) -> int:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal
+from urllib.parse import urlsplit
 
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.plan import LLMPlan, Plan, Slot
@@ -16,6 +17,8 @@ Engine = Literal["vllm", "vllm-cpu", "emulator"]
 ENGINES: Final = ("vllm", "vllm-cpu", "emulator")
 LOOPBACK: Final = "127.0.0.1"
 DEFAULT_COMMAND: Final = ("vllm", "serve")
+SHUTDOWN_S: Final = 10
+"""Less than what a shim waits between telling an engine to end and killing it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,31 +68,43 @@ def vllm_specs(
     command: Sequence[str] = DEFAULT_COMMAND,
     engine_args: Sequence[str] = (),
     gpus: Sequence[str] = (),
+    host_cores: Mapping[str, Sequence[int]] | None = None,
     mps_pipe_directory: str | None = None,
+    kv_cache_bytes: Sequence[int] | None = None,
+    otlp_endpoint: str | None = None,
 ) -> tuple[ReplicaSpec, ...]:
     """vLLM on the GPUs of this machine.
 
-    `gpus` names the machine's devices in the plan's numbering (UUIDs or indices); where the plan's node has UUIDs,
-    those count. A fraction becomes a share of the streaming multiprocessors under MPS, whose daemon listens in
-    `mps_pipe_directory`, and the same part of the planned memory. Raises ScepsyError for fractions without a directory;
-    the plan must have one node.
+    `gpus` names the machine's devices in the plan's numbering (UUIDs or indices); where a node of the plan has UUIDs,
+    those count. `host_cores` are the cores beside each GPU, by the name that it has here: its engine stays on them.
+    A fraction becomes a share of the streaming multiprocessors under MPS, whose daemon listens in
+    `mps_pipe_directory`, and the same part of the planned memory. `kv_cache_bytes`, one entry for each of the plan's
+    groups, is the KV cache on each GPU; without it the part of the memory is given, and vLLM measures what is left.
+    `otlp_endpoint` is where engines send their spans. Raises ScepsyError for fractions without a directory.
     """
-    (node,) = plan.cluster.nodes
-    uuids = node.uuids or tuple(gpus)
+    uuids = {node.name: node.uuids or tuple(gpus) for node in plan.cluster.nodes}
     specs = []
     for spec_id, group, slot, port in _replicas(plan, ports):
         part = plan.llms[group]
-        named = [uuids[device] if uuids else str(device) for device in slot.devices]
+        here = uuids[slot.node]
+        named = [here[device] if here else str(device) for device in slot.devices]
         env = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(named)}
         if part.fraction < 1:
             if mps_pipe_directory is None:
                 raise ScepsyError(f"{part.llm!r} takes {part.fraction:g} of a GPU, which needs NVIDIA MPS")
             env["CUDA_MPS_PIPE_DIRECTORY"] = mps_pipe_directory
             env["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] = f"{100 * part.fraction:g}"
-        # Rounded down: replicas that share a device must not ask for more than all of it together.
-        memory = math.floor(part.gpu_memory_utilization * part.fraction * 10000) / 10000
-        argv = (*vllm_arguments(part, port, command=command), "--gpu-memory-utilization", f"{memory:g}", *engine_args)
-        specs.append(_spec(spec_id, part, slot, port, argv, env))
+        if kv_cache_bytes is not None:
+            memory = ("--kv-cache-memory-bytes", str(kv_cache_bytes[group]))
+        else:
+            # Rounded down: replicas that share a device must not ask for more than all of it together.
+            part_of_it = math.floor(part.gpu_memory_utilization * part.fraction * 10000) / 10000
+            memory = ("--gpu-memory-utilization", f"{part_of_it:g}")
+        beside = sorted({core for name in named for core in (host_cores or {}).get(name, ())})
+        pinned = ("taskset", "--cpu-list", ",".join(str(core) for core in beside)) if beside else ()
+        tracing, told = _tracing(otlp_endpoint, part, spec_id)
+        argv = (*pinned, *vllm_arguments(part, port, command=command), *memory, *tracing, *engine_args)
+        specs.append(_spec(spec_id, part, slot, port, argv, env | told))
     return tuple(specs)
 
 
@@ -101,11 +116,12 @@ def vllm_cpu_specs(
     kv_cache_gib: Sequence[int] | None = None,
     command: Sequence[str] = DEFAULT_COMMAND,
     engine_args: Sequence[str] = (),
+    otlp_endpoint: str | None = None,
 ) -> tuple[ReplicaSpec, ...]:
     """vLLM for CPU: each device of the plan is one core of `cores`, the nodes' devices one after another.
 
-    `kv_cache_gib` is the KV cache of each rank, one entry for each of the plan's groups (default 1). Raises
-    ScepsyError if the cores do not suffice.
+    `kv_cache_gib` is the KV cache of each rank, one entry for each of the plan's groups (default 1), `otlp_endpoint`
+    where engines send their spans. Raises ScepsyError if the cores do not suffice.
     """
     offsets, devices = {}, 0
     for node in plan.cluster.nodes:
@@ -129,9 +145,9 @@ def vllm_cpu_specs(
             argv = ("taskset", "--cpu-list", ranks[0], *argv, "--distributed-executor-backend", "uni")
         else:
             env["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(ranks)
-        argv = (*argv, *engine_args)
+        tracing, told = _tracing(otlp_endpoint, part, spec_id)
         quota = part.fraction if part.fraction < 1 else None
-        specs.append(_spec(spec_id, part, slot, port, argv, env, quota))
+        specs.append(_spec(spec_id, part, slot, port, (*argv, *tracing, *engine_args), env | told, quota))
     return tuple(specs)
 
 
@@ -162,9 +178,18 @@ def replica_ids(plan: Plan) -> Iterator[tuple[str, LLMPlan, Slot]]:
 
 
 def vllm_arguments(
-    part: LLMPlan, port: int, *, command: Sequence[str] = DEFAULT_COMMAND, host: str = LOOPBACK
+    part: LLMPlan,
+    port: int,
+    *,
+    command: Sequence[str] = DEFAULT_COMMAND,
+    host: str = LOOPBACK,
+    shutdown_s: int = SHUTDOWN_S,
 ) -> tuple[str, ...]:
-    """How one replica of a group is started, its share of the memory apart."""
+    """How one replica of a group is started, its share of the memory apart.
+
+    A replica that is told to end may take `shutdown_s` for the answers that it has begun; without that vLLM cuts them
+    off and tells clients that they are whole. Its answers have queueing times and cached tokens, which capture reads.
+    """
     # `vllm serve` takes the model by position, the module that it stands for by option.
     model = (part.model,) if command[-1] == "serve" else ("--model", part.model)
     return (
@@ -176,8 +201,19 @@ def vllm_arguments(
         *("--max-num-seqs", str(part.max_num_seqs)),
         *("--max-num-batched-tokens", str(part.max_num_batched_tokens)),
         *("--max-model-len", str(part.max_model_len)),
-        "--disable-uvicorn-access-log",
+        *("--shutdown-timeout", str(shutdown_s)),
+        *("--enable-per-request-metrics", "--enable-prompt-tokens-details", "--disable-uvicorn-access-log"),
     )
+
+
+def _tracing(endpoint: str | None, part: LLMPlan, spec_id: str) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Arguments and environment with which an engine sends its spans there, under a name that says whose they are."""
+    if endpoint is None:
+        return (), {}
+    # vLLM's own default is gRPC, whose addresses have no path.
+    has_path = urlsplit(endpoint).path.strip("/") != ""
+    protocol = {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"} if has_path else {}
+    return ("--otlp-traces-endpoint", endpoint), {"OTEL_SERVICE_NAME": f"{part.llm}/{spec_id}"} | protocol
 
 
 def _spec(

@@ -121,12 +121,11 @@ def _by_node(plan: Plan) -> Iterator[tuple[Node, Plan]]:
 
 
 def _engine(part: LLMPlan, devices: Devices, options: KubernetesOptions) -> Manifest:
-    argv = vllm_arguments(part, PORT, host="0.0.0.0")  # noqa: S104 - within the pod
+    argv = vllm_arguments(part, PORT, host="0.0.0.0", shutdown_s=_SHUTDOWN_S)  # noqa: S104 - within the pod
     # With DRA, HAMi and MIG what the engine sees is its part; slices and MPS show the whole device's memory.
     share = part.fraction if options.sharing in ("dra", "slices") else 1.0
     memory = f"{int(part.gpu_memory_utilization * share * 10000) / 10000:g}"
-    ending = ("--gpu-memory-utilization", memory, "--shutdown-timeout", str(_SHUTDOWN_S))
-    return _container("engine", (*argv, *ending), devices, options)
+    return _container("engine", (*argv, "--gpu-memory-utilization", memory), devices, options)
 
 
 def _container(name: str, command: Sequence[str], devices: Devices, options: KubernetesOptions) -> Manifest:

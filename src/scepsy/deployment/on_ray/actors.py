@@ -77,7 +77,8 @@ class Keeper(_Looped):
         """Begins at once."""
         self._deployment = deployment
         self._order = replica
-        self._timeouts = {"start_timeout_s": start_timeout_s, "grace_s": grace_s}
+        self._start_timeout_s = start_timeout_s
+        self._grace_s = grace_s
         self._replica: Replica | None = None
         self._failure = ""
         super().__init__()
@@ -108,7 +109,8 @@ class Keeper(_Looped):
                     turn=_no_turn,
                     on_change=lambda: None,
                     on_event=print,
-                    **self._timeouts,
+                    start_timeout_s=self._start_timeout_s,
+                    grace_s=self._grace_s,
                 )
                 work = asyncio.ensure_future(self._keep(replica))
                 told = asyncio.ensure_future(self._told.wait())

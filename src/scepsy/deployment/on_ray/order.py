@@ -41,7 +41,7 @@ class RayOrder:
     replicas: tuple[RayReplica, ...]
     start_timeout_s: float
     grace_s: float = 15.0
-    drain_s: float = 5.0
+    drain_s: float = 30.0
     models: Mapping[str, str] = field(default_factory=dict)
 
 
