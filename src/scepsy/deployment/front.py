@@ -18,7 +18,7 @@ from scepsy.deployment.told import Told
 
 _LOOK_EVERY_S: Final = 0.5
 _POLL_S: Final = 0.05
-_READY_S: Final = 20.0
+_READY_S: Final = 60.0
 _GRACE_S: Final = 2.0
 _AGAIN_S: Final = 1.0
 
