@@ -8,14 +8,18 @@ import json
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-from scepsy.report.tables import plain_table, plan_table, workload_table
 from scepsy_optimizer.errors import ScepsyError
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 HELP = "trace three example workflows on emulated GPUs, plan, deploy the plan, compare"
+
+EXAMPLE = """\
+  scepsy demo                                         # four emulated H100s, under three minutes
+  scepsy demo --cluster 8xH100 --rate 4 --seconds 20"""
 
 EXAMPLES = ("beam_search", "retrieval", "research")
 NEEDED = ("aiohttp", "langchain_openai", "llama_index", "openai", "prometheus_client", "psutil")
@@ -34,10 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Play the story, show it."""
-    # Only here: the demonstration's engines and clients are an extra.
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     from scepsy.demo.drive import Outcome
     from scepsy.demo.schedule import make_schedule
     from scepsy.demo.story import Stage, tell
+    from scepsy.report.tables import plain_table, plan_table, workload_table
 
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
@@ -62,7 +68,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TimeElapsedColumn(),
+        TimeRemainingColumn(),
         console=console,
     ) as progress:
 

@@ -15,6 +15,11 @@ def add_traces(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("traces", nargs="+", metavar="TRACES", help="trace files, or directories of them")
 
 
+def add_json(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """For programs: one JSON object on standard output, or one per line; what is for people goes to standard error."""
+    parser.add_argument("--json", action="store_true", help="print JSON for programs instead of tables")
+
+
 def add_profiles(parser: argparse.ArgumentParser) -> None:
     """Where profiles come from."""
     parser.add_argument("--profiles", nargs="+", metavar="PATH", help="profile files, or directories of them")

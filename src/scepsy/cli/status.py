@@ -7,19 +7,24 @@ import json
 import sys
 import time
 from dataclasses import asdict
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.table import Table
+from scepsy.cli.options import add_json
 
-from scepsy.deployment import Deployment, find, list_deployments
-from scepsy.deployment.on_ray import RayDeployment, find_on_ray
-from scepsy.report.tables import plain_table
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from scepsy.deployment import Deployment
+    from scepsy.deployment.on_ray import RayDeployment
 
 _WATCH_EVERY_S: Final = 1.0
 
 HELP = "show running deployments and their replicas"
+
+EXAMPLE = """\
+  scepsy status --watch
+  scepsy status --json | jq '.[].url'"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,14 +32,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", help="name of the deployment (default: all)")
     parser.add_argument("--on", choices=("local", "ray"), default="local", help="where it runs (default: local)")
     parser.add_argument("--address", help="with --on ray: the cluster (default: RAY_ADDRESS, or one on this machine)")
-    parser.add_argument("--json", action="store_true", help="print JSON for programs instead of tables")
+    add_json(parser)
     parser.add_argument("--watch", action="store_true", help="show it live, until interrupted")
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Ask each deployment, show it."""
+    from scepsy.deployment import find, list_deployments
+
     found: list[Deployment | RayDeployment]
     if args.on == "ray":
+        from scepsy.deployment.on_ray import find_on_ray
+
         found = [find_on_ray(args.name or "default", address=args.address)]
     else:
         found = [find(args.name)] if args.name else list(list_deployments())
@@ -45,6 +54,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if not found:
         console.print("nothing is deployed; start a plan with: scepsy deploy PLAN")
     elif args.watch:
+        from rich.console import Group
+        from rich.live import Live
+
         with Live(console=console, auto_refresh=False) as live:
             while True:
                 live.update(Group(*(status_table(one) for one in found)), refresh=True)
@@ -56,6 +68,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 def status_table(deployment: Deployment | RayDeployment) -> Table:
     """One row per replica."""
+    from scepsy.report.tables import plain_table
+
     status = deployment.status()
     state = "ready" if status.ready else "not ready"
     table = plain_table(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 import yaml
 
@@ -16,16 +16,9 @@ from scepsy.deployment.specs import replica_ids
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.plan import LLMPlan, Plan
 
-DESCRIPTIONS: Final[Mapping[str, str]] = {
-    "litellm": "LiteLLM's model_list with the replicas' addresses and weights; routing is to be least-busy",
-    "smg": "SMG's discovery file: the replicas' addresses; it asks them for their models",
-    "ray-serve": "LLMConfigs for ray.serve.llm, one for each group of replicas; Ray Serve places them as it likes",
-    "production-stack": "values of its chart: models, replicas, tensor parallelism, nodes, fractions as HAMi's",
-}
-
 
 def export(plan: Plan, to: str, urls: Sequence[str] = ()) -> str:
-    """The plan in the format named `to`, one of DESCRIPTIONS.
+    """The plan in the format named `to`, one of `export_formats.DESCRIPTIONS`.
 
     `urls` are the addresses of the replicas in the plan's order, for the formats that name them. Raises ScepsyError for
     another format, or where addresses are missing.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Final
 
 from pydantic import TypeAdapter, ValidationError
 
+from scepsy.deployment.home import deployments_folder
 from scepsy.deployment.processes import Identity, end, end_session
 from scepsy.deployment.specs import Engine, ReplicaSpec
 from scepsy_optimizer.errors import ScepsyError
@@ -74,12 +74,6 @@ class State:
 
 _ORDER = TypeAdapter(Order)
 _STATE = TypeAdapter(State)
-
-
-def deployments_folder() -> Path:
-    """Where deployments are noted: `$SCEPSY_HOME/deployments`, by default in `~/.scepsy`."""
-    home = os.environ.get("SCEPSY_HOME")
-    return (Path(home) if home else Path.home() / ".scepsy") / "deployments"
 
 
 def folder(name: str) -> Path:
