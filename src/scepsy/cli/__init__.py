@@ -84,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command is not None and command not in COMMANDS:
             return _refuse(command)
         code = _run(words)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # a process may be started without one
+            sys.stdout.flush()
     except BrokenPipeError:
         # Whoever reads has had enough, as `head` does. The interpreter flushes once more at its end, into nothing.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -119,10 +120,10 @@ def _run(words: Sequence[str]) -> int:
     if args.command is None:
         parser.error("name a command")
 
-    from rich.console import Console
+    from scepsy.report.console import CommandConsole
 
     # Where a program reads the output, what is told to people goes beside it.
-    return int(args.run(args, Console(stderr=getattr(args, "json", None) is True)))
+    return int(args.run(args, CommandConsole(stderr=getattr(args, "json", None) is True)))
 
 
 def _refuse(command: str) -> int:

@@ -36,6 +36,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from scepsy.deployment import find
     from scepsy.files import load_plan
     from scepsy.inputs import resolve_cluster_profiles
+    from scepsy.report.progress import waiting
 
     plan = load_plan(args.plan)
     deployment = find(args.name)
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         llms = list(dict.fromkeys(part.llm for part in plan.llms))
         models = parse_models(args.model)
         profiles = resolve_cluster_profiles(llms, plan.cluster, profiles=args.profiles, models=models)
-    deployment.apply(
+    waiting("changing", console)(deployment.apply)(
         plan,
         profiles=profiles,
         drain_s=args.drain,

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from scepsy.cli.options import add_json
+from scepsy.cli.options import add_json, port
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", default="scepsy-traces", metavar="FOLDER", help="default: scepsy-traces")
     parser.add_argument("--upstream", metavar="URL", help="pass other requests on to this server and record its calls")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=4318, help="port to listen on (default: 4318, that of OTLP)")
+    parser.add_argument("--port", type=port, default=4318, help="port to listen on (default: 4318, that of OTLP)")
     parser.add_argument(
         "--keep-content", action="store_true", help="keep prompts and answers that received spans hold; default: drop"
     )

@@ -49,6 +49,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from scepsy.deployment import deploy
     from scepsy.files import load_plan
     from scepsy.inputs import resolve_cluster_profiles
+    from scepsy.report.progress import waiting
 
     plan = load_plan(args.plan)
     if args.to == "kubernetes":
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if args.to == "ray":
         from scepsy.deployment.on_ray import deploy_on_ray
 
-        on_ray = deploy_on_ray(
+        on_ray = waiting("starting", console)(deploy_on_ray)(
             plan,
             engine=args.engine,
             profiles=profiles,
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         _tell_ready(args, on_ray.url)
         console.print(f"it runs on without this process; end it with: scepsy stop {args.name} --on ray")
         return 0
-    deployment = deploy(
+    deployment = waiting("starting", console)(deploy)(
         plan,
         engine=args.engine,
         profiles=profiles,

@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Final
 
-from scepsy.cli.options import add_json, parse_command
+from scepsy.cli.options import add_json, parse_command, port
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("plan", nargs="?", metavar="PLAN", help="plan file that is to be deployed here")
     parser.add_argument("--engine", choices=("vllm", "vllm-cpu", "emulator"), default="vllm", help="default: vllm")
     parser.add_argument("--command", dest="engine_command", metavar="WORDS", help="how one engine is started")
-    parser.add_argument("--port", type=int, default=8000, help="port of the endpoint (default: 8000)")
+    parser.add_argument("--port", type=port, default=8000, help="port of the endpoint (default: 8000)")
     add_json(parser)
 
 
@@ -36,8 +36,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
     """Look, tell; the exit code is 1 where something that is needed is missing."""
     from scepsy.doctor import examine
     from scepsy.files import load_plan
+    from scepsy.report.progress import waiting
 
-    found = examine(
+    found = waiting("looking", console)(examine)(
         load_plan(args.plan) if args.plan else None,
         engine=args.engine,
         command=parse_command(args.engine_command) or ("vllm", "serve"),

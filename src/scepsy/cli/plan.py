@@ -130,6 +130,7 @@ def _addresses(name: str | None) -> list[str]:
 
 def _show(plan: Plan, args: argparse.Namespace, console: Console) -> int:
     from scepsy.report.plan_page import write_plan_page
+    from scepsy.report.sentences import describe_plan
     from scepsy.report.tables import plan_table
     from scepsy_optimizer.placement import check_placement
 
@@ -149,6 +150,8 @@ def _show(plan: Plan, args: argparse.Namespace, console: Console) -> int:
         whole = f"tensor_parallel_size {part.tensor_parallel_size}"
         size = f"{part.fraction:g} of a device" if part.fraction < 1 else whole
         console.print(f"{part.llm} ({size}) on {places}", soft_wrap=True, markup=False, highlight=False)
+    for line in describe_plan(plan):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
     if args.html:
         console.print(f"written to {args.html}", soft_wrap=True, markup=False, highlight=False)
     for line in wrong:

@@ -85,6 +85,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 def _profile(args: argparse.Namespace, llm: str, target: Path, console: Console) -> LLMProfile:
     from scepsy.cli.profile_progress import show_progress
     from scepsy.profiling import calibrate, traced_lengths
+    from scepsy.report.progress import waiting
     from scepsy.traces import read_executions
 
     for option, number in (("--requests", args.requests), ("--max-num-seqs", args.max_num_seqs)):
@@ -93,7 +94,7 @@ def _profile(args: argparse.Namespace, llm: str, target: Path, console: Console)
     sizes = [int(size) for size in _numbers("--tensor-parallel", args.tensor_parallel)]
     points = [point for report in args.points for point in _points(report, sizes[0])]
     lengths = traced_lengths(read_executions(args.traces).executions, llm) if args.traces else ()
-    found = _given(args, llm, sizes)
+    found = waiting("estimating", console)(_given)(args, llm, sizes)
     if found is None or args.endpoint:
         # Finished points are kept beside the file, so that a run that was cut off goes on where it was.
         kept = target.with_suffix(".points")

@@ -28,14 +28,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Stop it."""
+    from scepsy.report.progress import waiting
+
     if args.on == "ray":
         from scepsy.deployment.on_ray import find_on_ray
 
-        find_on_ray(args.name, address=args.address).stop()
+        waiting("stopping", console)(find_on_ray(args.name, address=args.address).stop)()
     else:
         from scepsy.deployment import stop
 
-        stop(args.name)
+        waiting("stopping", console)(stop)(args.name)
     console.print(f"stopped {args.name!r}")
     if args.json:
         print(json.dumps({"stopped": args.name}))

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from scepsy.report.page import fill_template, write_text
+from scepsy.report.sentences import describe_plan
 from scepsy.report.tables import groups_words, replica_words
 from scepsy_optimizer.frontier import EVERY_COUNT, FrontierPoint
-from scepsy_optimizer.plan import LLMPlan, Plan, Prediction
+from scepsy_optimizer.plan import LLMPlan, Plan
 
 FORMAT: Final = "scepsy-plan-page/1"
-
-_PROVEN: Final = 5e-4
 
 
 def write_plan_page(plan: Plan, path: str | Path, *, name: str, frontier: Sequence[FrontierPoint] = ()) -> None:
@@ -43,7 +42,7 @@ def summarise_plan(plan: Plan, *, name: str, frontier: Sequence[FrontierPoint] =
         "nodes": _nodes(plan),
         "llms": [_llm(plan, llm) for llm in llms],
         "prediction": asdict(plan.prediction) if plan.prediction else None,
-        "words": _words(plan),
+        "words": describe_plan(plan),
         "what_if": _what_if(plan, frontier) if frontier else None,
         "commands": _commands(plan, name),
         "provenance": dict(plan.provenance),
@@ -104,59 +103,6 @@ def _group(part: LLMPlan) -> dict[str, Any]:
         "utilisation": part.utilisation,
         "call_s": part.predicted_call_s,
     }
-
-
-def _words(plan: Plan) -> list[str]:
-    """What the prediction says, in sentences."""
-    prediction = plan.prediction
-    if prediction is None:
-        return ["This plan was written without a prediction: nothing is known of its latency and load."]
-    told = [_bottleneck_words(plan, prediction)]
-    if prediction.llm_latency_s and prediction.latency_s > 0:
-        llm, most_s = max(prediction.llm_latency_s.items(), key=lambda item: item[1])
-        told.append(
-            f"Of the {prediction.latency_s:.3g} s that a mean execution takes, {most_s:.3g} s "
-            f"({_percent(most_s / prediction.latency_s)}) are waiting for {llm}: a faster {llm} would help most."
-        )
-    if prediction.replayed is not None:
-        replayed = prediction.replayed
-        told.append(
-            f"Replayed event by event with {replayed.executions:,} traced executions: {replayed.mean_s:.3g} s in the "
-            f"mean; half of them end within {replayed.p50_s:.3g} s, 95 of 100 within {replayed.p95_s:.3g} s, 99 of 100 "
-            f"within {replayed.p99_s:.3g} s."
-        )
-    if prediction.lower_bound_s > 0:
-        told.append(_bound_words(prediction))
-    return told
-
-
-def _bottleneck_words(plan: Plan, prediction: Prediction) -> str:
-    words = (
-        f"The bottleneck is {prediction.bottleneck}: at {prediction.max_rate_rps:.3g} executions/s its replicas reach "
-        "the highest load that is planned for"
-    )
-    if prediction.max_rate_rps > 0 and plan.rate_rps > 0:
-        words += (
-            f"; the {plan.rate_rps:.3g}/s of this plan are {_percent(plan.rate_rps / prediction.max_rate_rps)} of that"
-        )
-    return f"{words}."
-
-
-def _bound_words(prediction: Prediction) -> str:
-    weighed = " with the workflows' weights" if prediction.objective_s is not None else ""
-    if prediction.gap <= _PROVEN:
-        return (
-            f"No allocation on this cluster has a lower mean latency{weighed}, by the same model: the search has "
-            "looked at all of them or ruled them out."
-        )
-    return (
-        f"No allocation on this cluster can have a mean latency under {prediction.lower_bound_s:.3g} s{weighed}, by "
-        f"the same model: at most {_percent(prediction.gap)} less than that of this plan."
-    )
-
-
-def _percent(part: float) -> str:
-    return f"{100 * part:.{0 if part >= 0.0995 else 1}f} %"
 
 
 def _what_if(plan: Plan, frontier: Sequence[FrontierPoint]) -> dict[str, Any]:
