@@ -225,12 +225,14 @@ def answer(
     robust: float | None = None,
     what_if: bool = False,
     old: Plan | None = None,
+    on_progress: Callable[[float], None] | None = None,
 ) -> Answer:
     """The plan that a question asks for, and what is to be said about it.
 
-    What an `old` plan has already stays on its devices, as far as the allocation leaves it. Raises ScepsyError.
+    What an `old` plan has already stays on its devices, as far as the allocation leaves it. Where there is a latency
+    limit, `on_progress` is told the part of the search that is done. Raises ScepsyError.
     """
-    ask = _asking(question, max_latency_s, percentile)
+    ask = _asking(question, max_latency_s, percentile, on_progress)
     robustness = None
     if robust is None:
         plan = ask(question.workload)
@@ -295,7 +297,12 @@ def explore(
     )
 
 
-def _asking(question: Question, max_latency_s: float | None, percentile: int | None) -> Callable[[Workload], Plan]:
+def _asking(
+    question: Question,
+    max_latency_s: float | None,
+    percentile: int | None,
+    on_progress: Callable[[float], None] | None,
+) -> Callable[[Workload], Plan]:
     """The function that answers the question for a workload."""
     rate = question.rate
     common: dict[str, Any] = {
@@ -304,7 +311,7 @@ def _asking(question: Question, max_latency_s: float | None, percentile: int | N
         "provenance": question.provenance,
         "replay_seed": _SEED,
     }
-    limit: dict[str, Any] = {"latency_s": max_latency_s, "percentile": percentile}
+    limit: dict[str, Any] = {"latency_s": max_latency_s, "percentile": percentile, "on_progress": on_progress}
     if rate is None and max_latency_s is None:
         raise ScepsyError("nothing to plan for: give a rate, a latency limit, or both")
     if rate is None or rate == "max":

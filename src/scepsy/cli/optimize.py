@@ -112,7 +112,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
         )
     if args.frontier:
         return _show_frontier(args, question, console)
-    with waiting("searching", errors):
+    # Only a search for a limit knows how far it is.
+    bisects = args.max_latency is not None
+    with LateProgress("searching", errors) if bisects else waiting("searching", errors) as told:
         found = answer(
             question,
             max_latency_s=args.max_latency,
@@ -120,6 +122,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             robust=args.robust,
             what_if=args.what_if,
             old=old,
+            on_progress=told,
         )
     save_plan(found.plan, args.output)
     if args.html:
