@@ -212,6 +212,8 @@ def test_json_is_all_that_standard_output_has(scepsy, traces, tmp_path, monkeypa
     assert (code, json.loads(out)["wrong"]) == (0, [])
     code, out, _ = scepsy("plan", "diff", plan, plan, "--json")
     assert (code, json.loads(out)["steps"], json.loads(out)["interrupted"]) == (0, [], [])
+    code, out, _ = scepsy("deploy", plan, "--to", "kubernetes", "--mode", "agent", "--image", "engines", "--json")
+    assert (code, json.loads(out)["kind"]) == (0, "List")
 
 
 def test_a_page_of_a_plan_file_has_what_the_plan_has(scepsy, traces, tmp_path):

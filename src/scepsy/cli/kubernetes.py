@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from typing import TYPE_CHECKING
 
@@ -58,7 +59,8 @@ def run(plan: Plan, args: argparse.Namespace, console: Console) -> int:
         return 0
     manifests = render(plan, options)
     if not args.apply:
-        sys.stdout.write(as_yaml(manifests))
+        listed = {"apiVersion": "v1", "kind": "List", "items": manifests}
+        sys.stdout.write(json.dumps(listed) + "\n" if args.json else as_yaml(manifests))
         return 0
     with connected(args.context) as api:
         apply_manifests(api, manifests, **where, on_event=tell)
