@@ -67,7 +67,10 @@ class LateProgress:
 
 @contextmanager
 def waiting(what: str, console: Console) -> Iterator[None]:
-    """Show for how long something goes on whose end nobody knows, after two seconds and if there is a terminal."""
+    """Show for how long something goes on whose end nobody knows, after two seconds and if there is a terminal.
+
+    A context manager, or around one call: `waiting("stopping", console)(stop)(name)`.
+    """
     if not console.is_terminal:
         yield
         return
