@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     diff.add_argument("old", metavar="OLD", help="plan file of what runs")
     diff.add_argument("new", metavar="NEW", help="plan file of what is to run")
     add_json(diff)
-    told = "; ".join(f"{name}: {text}" for name, text in DESCRIPTIONS.items())
+    told = "\n".join(f"{name}: {text}" for name, text in DESCRIPTIONS.items())
     other = actions.add_parser(
         "export", help="a plan as configuration of something else", description=told, epilog=EXPORT, formatter_class=raw
     )
