@@ -123,6 +123,12 @@ def test_the_words_say_bottleneck_time_tail_and_bound(plan):
     ]
 
 
+def test_a_plan_beyond_saturation_has_no_page(plan):
+    beyond = replace(plan, prediction=replace(PREDICTION, latency_s=float("inf")))
+    with pytest.raises(ScepsyError, match="not finite; plan anew"):
+        render_plan_page(beyond, name="plan.yaml")
+
+
 def test_commands_fit_the_cluster_and_the_shell(plan):
     words = [one["command"] for one in summarise_plan(plan, name="my plan.yaml")["commands"]]
     assert "scepsy deploy 'my plan.yaml'" in words
@@ -142,6 +148,14 @@ def test_the_page_needs_no_network_and_escapes_names(plan, frontier, tmp_path):
         write_plan_page(plan, tmp_path / "no" / "page.html", name="plan.yaml")
 
 
+def open_page(browser, page, action, folder, *look):
+    base = [
+        browser, "--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND",
+        f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr",
+    ]  # fmt: skip
+    return subprocess.run([*base, *look, action, page.as_uri()], capture_output=True, text=True, timeout=60, check=True)
+
+
 MOVE = """<script>
 addEventListener("load", () => {
   const note = (key) => { document.body.dataset[key] = document.getElementById("outcome").textContent; };
@@ -157,6 +171,20 @@ addEventListener("load", () => {
 
 
 @pytest.mark.browser
+def test_a_browser_shows_what_there_is_of_a_plan_without_prediction(plan, tmp_path):
+    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    assert browser is not None, f"install one of {', '.join(BROWSERS)}"
+    bare = replace(plan, prediction=None, provenance={}, cluster=parse_cluster("4xH100+2xL40S"))
+    write_plan_page(bare, tmp_path / "plan.html", name="plan.yaml")
+    shown = open_page(browser, tmp_path / "plan.html", "--dump-dom", tmp_path)
+    assert 'data-ready="yes"' in shown.stdout, shown.stderr
+    assert "CONSOLE" not in shown.stderr, shown.stderr
+    assert "written without a prediction" in shown.stdout
+    assert "searched when the plan is made" in shown.stdout
+    assert 'aria-label="node1, device 0: 100 % free"' in shown.stdout
+
+
+@pytest.mark.browser
 @pytest.mark.parametrize(("width", "scheme"), [(1240, "light"), (390, "dark")])
 def test_a_browser_shows_it_and_the_sliders_answer(plan, frontier, tmp_path, width, scheme):
     browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
@@ -164,12 +192,8 @@ def test_a_browser_shows_it_and_the_sliders_answer(plan, frontier, tmp_path, wid
     text = render_plan_page(plan, name="plan.yaml", frontier=frontier)
     page = tmp_path / "plan.html"
     page.write_text(text.replace("</body>", f"{MOVE}</body>"))
-    base = [
-        browser, "--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND",
-        f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2400", "--enable-logging=stderr",
-        f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}",
-    ]  # fmt: skip
-    shown = subprocess.run([*base, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=60, check=True)
+    look = (f"--window-size={width},2400", f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}")
+    shown = open_page(browser, page, "--dump-dom", tmp_path, *look)
     dom = shown.stdout
     assert 'data-ready="yes"' in dom, shown.stderr
     assert "CONSOLE" not in shown.stderr, shown.stderr
@@ -182,5 +206,5 @@ def test_a_browser_shows_it_and_the_sliders_answer(plan, frontier, tmp_path, wid
     assert 'aria-valuetext="2 H100"' in dom
     assert "&lt;/script&gt;&lt;b&gt;poem" in dom
     picture = tmp_path / "plan.png"
-    subprocess.run([*base, f"--screenshot={picture}", page.as_uri()], capture_output=True, timeout=60, check=True)
+    open_page(browser, page, f"--screenshot={picture}", tmp_path, *look)
     assert picture.stat().st_size > 50_000

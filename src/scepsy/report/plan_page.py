@@ -11,6 +11,7 @@ from typing import Any, Final
 from scepsy.report.page import fill_template, write_text
 from scepsy.report.sentences import describe_plan
 from scepsy.report.tables import groups_words, replica_words
+from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.frontier import EVERY_COUNT, FrontierPoint
 from scepsy_optimizer.plan import LLMPlan, Plan
 
@@ -23,8 +24,14 @@ def write_plan_page(plan: Plan, path: str | Path, *, name: str, frontier: Sequen
 
 
 def render_plan_page(plan: Plan, *, name: str, frontier: Sequence[FrontierPoint] = ()) -> str:
-    """The page of a plan, of which `name` is the file; with a frontier (`explore`) it can be asked "what if"."""
-    return fill_template("plan_page.html", summarise_plan(plan, name=name, frontier=frontier))
+    """The page of a plan, of which `name` is the file; with a frontier (`explore`) it can be asked "what if".
+
+    Raises ScepsyError for a plan beyond saturation, whose latency is infinite.
+    """
+    try:
+        return fill_template("plan_page.html", summarise_plan(plan, name=name, frontier=frontier))
+    except ValueError as error:
+        raise ScepsyError(f"{name}: has figures that are not finite; plan anew with scepsy optimize") from error
 
 
 def summarise_plan(plan: Plan, *, name: str, frontier: Sequence[FrontierPoint] = ()) -> dict[str, Any]:
