@@ -85,7 +85,7 @@ test-beside: $(VENV)/.ready ## Test capture beside OpenInference, Traceloop and 
 test-ray: $(VENV)/.ready ## Test deployments on a Ray cluster of four nodes, all on this machine
 	$(BIN)/python -m pytest -m ray tests/ray
 
-test-browser: $(VENV)/.ready ## Open the report's page in a headless Chromium (one must be installed)
+test-browser: $(VENV)/.ready ## Open the pages in a headless Chromium (one must be installed)
 	$(BIN)/python -m pytest -m browser tests/report
 
 bench: $(VENV)/.ready ## Run every benchmark, or those named in BENCHMARKS; what they print stays in build/bench

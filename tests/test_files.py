@@ -72,7 +72,7 @@ def test_json_is_read_as_well(tmp_path, plan):
         ("weights_gib: 15.3", "weights_gib: heavy", "at steps.0.weights_gib: Input should be a valid number"),
         ("batch_sizes: [1, 32]", "batch_sizes: [32, 1]", "batch_sizes must be ascending"),
         ("[0.006, 0.0063]", "[0.0063, 0.006]", "never fall with batch"),
-        ("scepsy-profile/1", "scepsy-plan/1", "expected format 'scepsy-profile/1', found 'scepsy-plan/1'"),
+        ("scepsy-profile/1", "scepsy-plan/1", "is a plan file; expected a profile file, as scepsy profile writes it"),
         ("provenance:", "provenance: {", "line 20: not valid YAML"),
     ],
 )
@@ -92,10 +92,10 @@ def test_files_that_are_none(tmp_path):
     with pytest.raises(ScepsyError, match="no such file; expected a plan file"):
         load_plan(tmp_path / "nothing.yaml")
     (tmp_path / "list.yaml").write_text("- 1\n")
-    with pytest.raises(ScepsyError, match="found list at its top"):
+    with pytest.raises(ScepsyError, match="has a list at its top; expected a plan file, as scepsy optimize writes it"):
         load_plan(tmp_path / "list.yaml")
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00\x80")
-    with pytest.raises(ScepsyError, match="cannot be read as a plan file"):
+    with pytest.raises(ScepsyError, match="is not text; expected a plan file"):
         load_plan(tmp_path / "bytes.yaml")
     with pytest.raises(ScepsyError, match="cannot be read"):
         load_cluster(tmp_path)

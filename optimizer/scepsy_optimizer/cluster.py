@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-
-import networkx as nx
+from typing import TYPE_CHECKING
 
 from scepsy_optimizer.errors import ScepsyError
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 # Usable memory per device in GiB, as NVML reports the total.
 DEVICE_MEMORY_GIB = {
@@ -186,6 +188,8 @@ def topology(cluster: Cluster) -> nx.Graph[Place]:
     and 32 between others. The figures order the links by how long a byte takes; they are not times. Nodes that name no
     switch hang on the network directly.
     """
+    import networkx as nx  # here: clusters and plans are read by processes that draw no graphs, and it loads slowly
+
     graph: nx.Graph[Place] = nx.Graph()
     graph.add_node(("network",))
     for node in cluster.nodes:

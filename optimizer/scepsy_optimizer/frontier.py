@@ -21,7 +21,8 @@ from scepsy_optimizer.requirements import NO_REQUIREMENTS, Requirements
 from scepsy_optimizer.search import Allocation, choose, highest_rate, list_tables
 from scepsy_optimizer.workload import Workload
 
-_MAX_COUNTS = 16
+EVERY_COUNT = 16
+"""Up to so many devices every number of them is tried."""
 _LOAD_LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.999)
 
 
@@ -46,21 +47,25 @@ def find_frontier(
     cluster: Cluster,
     *,
     rates_rps: Sequence[float] | None = None,
+    more_rates_rps: Sequence[float] = (),
+    more_devices: Sequence[int] = (),
     max_utilisation: float = MAX_UTILISATION,
     requirements: Requirements = NO_REQUIREMENTS,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[FrontierPoint, ...]:
     """The points that no other beats, by rising rate and then rising devices.
 
-    Without `rates_rps`, ten rates from a tenth of the highest rate of the whole cluster up to it. All numbers of
-    devices are tried up to sixteen; of more, sixteen that grow evenly in proportion. `on_progress` is told the searches
-    that are done and their total. Raises ScepsyError where the LLMs do not fit at all.
+    Without `rates_rps`, ten rates from a tenth of the highest rate of the whole cluster up to it, and those of
+    `more_rates_rps`. All numbers of devices are tried up to `EVERY_COUNT`; of more, as many that grow evenly in
+    proportion, and those of `more_devices`. `on_progress` is told the searches that are done and their total. Raises
+    ScepsyError where the LLMs do not fit at all.
     """
     most, _ = highest_rate(workload, profiles, cluster, max_utilisation=max_utilisation, requirements=requirements)
-    rates = [most * level for level in _LOAD_LEVELS] if rates_rps is None else sorted(set(rates_rps))
+    levels = [most * level for level in _LOAD_LEVELS] if rates_rps is None else rates_rps
+    rates = sorted({*levels, *more_rates_rps})
     if any(not 0 < rate < float("inf") for rate in rates):
         raise ScepsyError("the rates of a frontier must be positive numbers of executions per second")
-    counts = device_counts(cluster.devices)
+    counts = sorted({*device_counts(cluster.devices), *more_devices})
     makespans = Makespans(workload)
     points = []
     for number, rate in enumerate(rates):
@@ -97,9 +102,9 @@ def undominated(points: Sequence[FrontierPoint]) -> tuple[FrontierPoint, ...]:
 
 def device_counts(devices: int) -> list[int]:
     """The numbers of devices that a frontier tries: all of few, of many some that grow evenly in proportion."""
-    if devices <= _MAX_COUNTS:
+    if devices <= EVERY_COUNT:
         return list(range(1, devices + 1))
-    return sorted({round(count) for count in np.geomspace(1, devices, _MAX_COUNTS).tolist()})
+    return sorted({round(count) for count in np.geomspace(1, devices, EVERY_COUNT).tolist()})
 
 
 def _devices(allocation: Allocation) -> int:

@@ -241,8 +241,15 @@ def can_pack(units: Sequence[Ints], budgets: Ints) -> bool:
     )
 
 
+class _WithoutCallbacks(highspy.Highs):
+    """HiGHS 1.16 greets on standard output when it is given callbacks, before it can be told to be quiet."""
+
+    def enableCallbacks(self) -> None:  # noqa: N802 - HiGHS's name
+        """Leave them out: none are used."""
+
+
 def _quiet_highs() -> highspy.Highs:
-    highs = highspy.Highs()  # type: ignore[no-untyped-call]
+    highs = _WithoutCallbacks()  # type: ignore[no-untyped-call]
     highs.setOptionValue("output_flag", False)  # noqa: FBT003 - HiGHS takes its options by position
     highs.setOptionValue("threads", 1)
     return highs

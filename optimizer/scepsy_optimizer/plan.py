@@ -80,6 +80,9 @@ class Prediction:
     highest utilisation that is planned for. `tool_s` is the part of the latency that no LLM spends. `replayed` is what
     a replay of the plan gave, where one was made: it has the queues and bursts that the closed form only approximates.
 
+    `llm_latency_s` is what each LLM adds to the latency: its calls on the mean critical path. With `tool_s` these parts
+    are the latency.
+
     Where workflows have weights, `objective_s` is the mean latency with them; the bound and the gap are for it then.
     """
 
@@ -92,6 +95,7 @@ class Prediction:
     workflow_latency_s: Mapping[str, float] = field(default_factory=dict)
     replayed: ReplayedLatency | None = None
     objective_s: float | None = None
+    llm_latency_s: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -326,6 +326,7 @@ def _build(
             gap=1.0,
             tool_s=pipeline.fixed_s,
             workflow_latency_s=workflow_latencies_s(workload, speeds),
+            llm_latency_s={stage.llm: stage.latency_s(speeds[stage.llm]) for stage in pipeline.stages},
         ),
         provenance=dict(provenance or {}),
     )

@@ -6,7 +6,8 @@ its replay.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from scepsy_optimizer.allocation import MAX_UTILISATION, UNITS_PER_DEVICE
@@ -39,11 +40,13 @@ def optimize_rate(
     requirements: Requirements = NO_REQUIREMENTS,
     provenance: Mapping[str, str] | None = None,
     replay_seed: int | None = None,
+    on_progress: Callable[[float], None] | None = None,
 ) -> Plan:
     """The plan for the highest rate, or for the highest whose latency is at most `latency_s`.
 
     The latency is the mean, to one part in a thousand of the rate, or the `percentile` of a replay, to one in a
-    hundred. Raises ScepsyError where no rate, however low, has that latency, with the least that there is.
+    hundred. `on_progress` is told the part of the bisection that is done. Raises ScepsyError where no rate, however
+    low, has that latency, with the least that there is.
     """
     check_profiles(workload, profiles, cluster)
     asked = _Asked(
@@ -70,7 +73,9 @@ def optimize_rate(
         )
     if asked.within(high):
         low = high
+    tell = _bisection_progress(high - low, asked.precision * high, on_progress)
     while high - low > asked.precision * high:
+        tell(high - low)
         middle = (low + high) / 2
         low, high = (middle, high) if asked.within(middle) else (low, middle)
     return asked.answer(low)
@@ -88,11 +93,12 @@ def optimize_devices(
     requirements: Requirements = NO_REQUIREMENTS,
     provenance: Mapping[str, str] | None = None,
     replay_seed: int | None = None,
+    on_progress: Callable[[float], None] | None = None,
 ) -> Plan:
     """The plan that takes the fewest tenths of a device for a rate within a latency; the rest stays free.
 
-    The latency is the mean, or the `percentile` of a replay. Raises ScepsyError where the whole cluster does not reach
-    the rate, or not the latency at that rate.
+    The latency is the mean, or the `percentile` of a replay. `on_progress` is told the part of the bisection that is
+    done. Raises ScepsyError where the whole cluster does not reach the rate, or not the latency at that rate.
     """
     check_profiles(workload, profiles, cluster)
     asked = _Asked(
@@ -107,10 +113,22 @@ def optimize_devices(
             f"{cluster.device_type}: the least is {least_s:.3g} s. Allow more, ask for a lower rate, or add devices"
         )
     low, high = 0, cluster.devices * UNITS_PER_DEVICE
+    tell = _bisection_progress(high - low, 1, on_progress)
     while high - low > 1:
+        tell(high - low)
         middle = (low + high) // 2
         low, high = (low, middle) if asked.within(rate_rps, middle) else (middle, high)
     return asked.answer(rate_rps, high)
+
+
+def _bisection_progress(
+    width: float, end_width: float, on_progress: Callable[[float], None] | None
+) -> Callable[[float], None]:
+    """Tells the part of the halvings that is done, by the width that is left."""
+    if on_progress is None or width <= end_width:
+        return lambda _left: None
+    halvings = math.log2(width / end_width)
+    return lambda left: on_progress(min(1.0, math.log2(width / left) / halvings))
 
 
 @dataclass(frozen=True, slots=True)

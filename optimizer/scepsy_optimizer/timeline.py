@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
-
-import networkx as nx
+from typing import TYPE_CHECKING, Final
 
 from scepsy_optimizer.executions import Call, Execution, Span
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +124,8 @@ def call_graph(execution: Execution) -> nx.DiGraph[str]:
 
     Waits pass through the steps between calls: a call inside an agent waits for the last calls of the agent before.
     """
+    import networkx as nx  # here: it loads slowly, and nothing else that compiles timelines draws graphs
+
     timeline = compile_timeline(execution)
     ids = timeline.span_ids
     graph: nx.DiGraph[str] = nx.DiGraph()

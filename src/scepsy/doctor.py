@@ -18,7 +18,7 @@ from typing import Final, Literal
 import psutil
 
 from scepsy.deployment import machine, processes, quota
-from scepsy.deployment.state import deployments_folder
+from scepsy.deployment.home import deployments_folder
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.plan import Plan
 

@@ -25,6 +25,8 @@ CLUSTER_FORMAT: Final = "scepsy-cluster/1"
 PLAN_FORMAT: Final = "scepsy-plan/1"
 REQUIREMENTS_FORMAT: Final = "scepsy-requirements/1"
 
+_ORIGINS: Final = {"plan": ", as scepsy optimize writes it", "profile": ", as scepsy profile writes it"}
+
 
 def load_profile(path: str | Path) -> LLMProfile:
     """Read a profile file. Raises ScepsyError."""
@@ -99,21 +101,30 @@ def _text(form: str, adapter: TypeAdapter[T], value: T) -> str:
 
 
 def _load(path: Path, form: str, adapter: TypeAdapter[T]) -> T:
-    kind = form.removeprefix("scepsy-").split("/")[0]
+    kind = _kind(form)
+    wanted = f"expected a {kind} file{_ORIGINS.get(kind, '')}"
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_loader())  # noqa: S506 - a safe loader, the C one
     except FileNotFoundError as error:
-        raise ScepsyError(f"{path}: no such file; expected a {kind} file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ScepsyError(f"{path}: cannot be read as a {kind} file: {error}") from error
+        raise ScepsyError(f"{path}: no such file; {wanted}") from error
+    except OSError as error:
+        raise ScepsyError(f"{path}: cannot be read: {error.strerror}; {wanted}") from error
+    except UnicodeDecodeError as error:
+        raise ScepsyError(f"{path}: is not text; {wanted}") from error
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         place = f" line {where.line + 1}" if where is not None else ""
-        raise ScepsyError(f"{path}{place}: not valid YAML or JSON: {getattr(error, 'problem', error)}") from error
+        raise ScepsyError(
+            f"{path}{place}: not valid YAML or JSON: {getattr(error, 'problem', error)}; {wanted}"
+        ) from error
+    if content is None:
+        raise ScepsyError(f"{path}: is empty; {wanted}")
     if not isinstance(content, Mapping):
-        raise ScepsyError(f"{path}: expected a {kind} file, found {type(content).__name__} at its top")
+        raise ScepsyError(f"{path}: has {'text' if isinstance(content, str) else 'a list'} at its top; {wanted}")
     found = content.get("format")
     if found != form:
+        if isinstance(found, str) and found.startswith("scepsy-") and _kind(found) != kind:
+            raise ScepsyError(f"{path}: is a {_kind(found)} file; {wanted}")
         raise ScepsyError(f"{path}: expected format {form!r}, found {found!r}")
     body = {key: value for key, value in content.items() if key != "format"}
     try:
@@ -129,6 +140,10 @@ def _load(path: Path, form: str, adapter: TypeAdapter[T]) -> T:
     if unknown is not None:
         raise ScepsyError(f"{path}: at {unknown}: unknown key; remove it or correct its name")
     return value
+
+
+def _kind(form: str) -> str:
+    return form.removeprefix("scepsy-").split("/")[0]
 
 
 def _loader() -> Any:

@@ -112,7 +112,10 @@ def _given_profiles(profiles: ProfileSources | None, device_type: str) -> dict[s
     paths: list[Path] = []
     for item in [profiles] if isinstance(profiles, str | Path) else profiles:
         path = Path(item)
-        paths += sorted(path.glob("*.y*ml")) if path.is_dir() else [path]
+        found = sorted(path.glob("*.y*ml")) if path.is_dir() else [path]
+        if not found:
+            raise ScepsyError(f"{path}: no profiles (*.yaml) in this directory; scepsy profile writes them")
+        paths += found
     loaded = [load_profile(path) for path in paths]
     return {profile.llm: profile for profile in loaded if profile.device_type == device_type}
 

@@ -27,7 +27,7 @@ from scepsy_optimizer.robust import Robustness, plan_robustly
 from scepsy_optimizer.sharing import WorkflowShare, share_plan
 from scepsy_optimizer.totals import Totals, total
 from scepsy_optimizer.totals_workload import workload_of
-from scepsy_optimizer.what_if import WhatIf
+from scepsy_optimizer.what_if import WhatIf, add_device
 from scepsy_optimizer.what_if import what_if as ask_what_if
 from scepsy_optimizer.workload import Workload
 
@@ -40,13 +40,15 @@ Rate = float | Literal["max"] | Mapping[str, float]
 _SEED = 0
 
 
-def aggregate(traces: Traces, *, rates: Mapping[str, float] | None = None) -> Workload:
+def aggregate(
+    traces: Traces, *, rates: Mapping[str, float] | None = None, on_progress: Callable[[float], None] | None = None
+) -> Workload:
     """Read trace files, or directories of them, and aggregate their executions.
 
     With `rates`, executions per second by workflow, each workflow counts by its rate rather than by how often it was
-    traced. Raises ScepsyError.
+    traced. `on_progress` is told the part of the traces that is read. Raises ScepsyError.
     """
-    return workload_of(_read(traces), rates_rps=rates)
+    return workload_of(_read(traces, on_progress), rates_rps=rates)
 
 
 def optimize(
@@ -179,8 +181,12 @@ def prepare(
     profiles: ProfileSources | None = None,
     models: Mapping[str, str] | None = None,
     max_utilisation: float = MAX_UTILISATION,
+    on_progress: Callable[[float], None] | None = None,
 ) -> Question:
-    """Read and resolve what a question is asked of. Raises ScepsyError."""
+    """Read and resolve what a question is asked of; `on_progress` is told the part of the traces that is read.
+
+    Raises ScepsyError.
+    """
     resolved = resolve_cluster(cluster)
     if isinstance(requirements, str | Path):
         requirements = load_requirements(requirements)
@@ -191,7 +197,7 @@ def prepare(
     if isinstance(traces, Workload):
         workload = traces
     else:
-        totals = _read(traces)
+        totals = _read(traces, on_progress)
         workload = workload_of(totals, rates_rps=rates)
         alone = _by_workflow(totals)
     found = resolve_cluster_profiles(
@@ -219,12 +225,14 @@ def answer(
     robust: float | None = None,
     what_if: bool = False,
     old: Plan | None = None,
+    on_progress: Callable[[float], None] | None = None,
 ) -> Answer:
     """The plan that a question asks for, and what is to be said about it.
 
-    What an `old` plan has already stays on its devices, as far as the allocation leaves it. Raises ScepsyError.
+    What an `old` plan has already stays on its devices, as far as the allocation leaves it. Where there is a latency
+    limit, `on_progress` is told the part of the search that is done. Raises ScepsyError.
     """
-    ask = _asking(question, max_latency_s, percentile)
+    ask = _asking(question, max_latency_s, percentile, on_progress)
     robustness = None
     if robust is None:
         plan = ask(question.workload)
@@ -266,7 +274,35 @@ def trace_frontier(
     )
 
 
-def _asking(question: Question, max_latency_s: float | None, percentile: int | None) -> Callable[[Workload], Plan]:
+def explore(
+    question: Question, plan: Plan, on_progress: Callable[[int, int], None] | None = None
+) -> tuple[FrontierPoint, ...]:
+    """The frontier around a plan: at its rate and number of devices as well, and with up to half as many again.
+
+    More devices are tried only where they are all of one type. Raises ScepsyError.
+    """
+    cluster = question.cluster
+    if len(cluster.device_types) == 1:
+        for _ in range(max(2, cluster.devices // 2)):
+            cluster = add_device(cluster, cluster.device_type)
+    return find_frontier(
+        question.workload,
+        question.profiles,
+        cluster,
+        more_rates_rps=(plan.rate_rps,),
+        more_devices=(question.cluster.devices,),
+        max_utilisation=question.max_utilisation,
+        requirements=question.requirements,
+        on_progress=on_progress,
+    )
+
+
+def _asking(
+    question: Question,
+    max_latency_s: float | None,
+    percentile: int | None,
+    on_progress: Callable[[float], None] | None,
+) -> Callable[[Workload], Plan]:
     """The function that answers the question for a workload."""
     rate = question.rate
     common: dict[str, Any] = {
@@ -275,7 +311,7 @@ def _asking(question: Question, max_latency_s: float | None, percentile: int | N
         "provenance": question.provenance,
         "replay_seed": _SEED,
     }
-    limit: dict[str, Any] = {"latency_s": max_latency_s, "percentile": percentile}
+    limit: dict[str, Any] = {"latency_s": max_latency_s, "percentile": percentile, "on_progress": on_progress}
     if rate is None and max_latency_s is None:
         raise ScepsyError("nothing to plan for: give a rate, a latency limit, or both")
     if rate is None or rate == "max":
@@ -291,9 +327,9 @@ def _asking(question: Question, max_latency_s: float | None, percentile: int | N
     )
 
 
-def _read(traces: Traces) -> Totals:
+def _read(traces: Traces, on_progress: Callable[[float], None] | None) -> Totals:
     paths = [traces] if isinstance(traces, str | Path) else list(traces)
-    return total(iter_executions(paths, Tally()))
+    return total(iter_executions(paths, Tally(), on_progress=on_progress))
 
 
 def _by_workflow(totals: Totals) -> dict[str, Workload]:

@@ -39,17 +39,17 @@ def test_report_for_programs_and_for_a_browser(scepsy, traces, tmp_path):
 def test_collect_records_what_it_passes_on_until_it_is_told_to_end(traces, tmp_path, scepsy):
     """As a process of its own: it ends by a signal."""
     folder = tmp_path / "collected"
-    words = [sys.executable, "-m", "scepsy", "collect", "-o", str(folder), "--port", "0"]
+    words = [sys.executable, "-m", "scepsy", "collect", "-o", str(folder), "--port", "0", "--json"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as child:
         try:
             assert child.stdout is not None
-            address = child.stdout.readline().strip().removeprefix("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT=")
+            address = json.loads(child.stdout.readline())["traces"]
             for line in (traces / "spans.jsonl").read_text().splitlines():
                 answer = httpx.post(address, content=line, headers={"Content-Type": "application/json"})
                 assert answer.status_code == 200
             child.send_signal(signal.SIGINT)
             assert child.wait(timeout=20) == 0
-            assert "80 spans and 0 calls" in child.stdout.read()
+            assert json.loads(child.stdout.read()) == {"spans": 80, "calls": 0, "output": str(folder)}
         finally:
             child.kill()
     assert "20 executions" in scepsy("report", folder)[1]
@@ -172,20 +172,26 @@ def test_deploy_status_and_stop_work_from_several_processes(scepsy, traces, tmp_
     target = tmp_path / "plan.yaml"
     assert scepsy("optimize", traces, "--cluster", "2xH100", "--rate", "1", "-o", target)[0] == 0
     words = ["--engine", "emulator", "--port", "0", "--name", "here", "--detach", "--record", tmp_path / "calls"]
-    code, out, err = scepsy("deploy", target, *words)
+    code, out, err = scepsy("deploy", target, *words, "--json")
     try:
-        assert (code, err) == (0, "")
-        assert "ready: OPENAI_BASE_URL=http://127.0.0.1:" in out
-        url = out.split("OPENAI_BASE_URL=")[1].split()[0]
+        told = json.loads(out)
+        url = told["url"]
+        assert (code, told["name"]) == (0, "here")
+        assert f"ready: OPENAI_BASE_URL={url}" in err
         question = {"model": "writer", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
         assert httpx.post(f"{url}/chat/completions", json=question, timeout=30).status_code == 200
         code, out, _ = scepsy("status", "here")
         assert code == 0
         assert "generator-0" in out
+        code, out, _ = scepsy("apply", target, "--name", "here", "--dry-run", "--json")
+        assert (code, json.loads(out)["steps"]) == (0, [])
+        code, out, err = scepsy("watch", "here", "--once", "--json", "-o", tmp_path / "proposed.yaml")
+        assert (code, json.loads(out)["proposed"], json.loads(out)["applied"]) == (0, None, False)
+        assert "waiting for 30" in err
     finally:
-        code, out, _ = scepsy("stop", "here")
-    assert code == 0
-    assert "stopped 'here'" in out
+        code, out, err = scepsy("stop", "here", "--json")
+    assert (code, json.loads(out)) == (0, {"stopped": "here"})
+    assert "stopped 'here'" in err
     assert scepsy("status", "here")[0] == 2
     code, out, _ = scepsy("report", tmp_path / "calls")
     assert code == 0
@@ -211,9 +217,9 @@ def test_help_names_every_command(capsys):
 def test_profile_estimates_and_its_file_is_planned_with(scepsy, traces, tmp_path):
     target = tmp_path / "poet.yaml"
     words = ["profile", "Qwen/Qwen3-8B", "--estimate", "--device-type", "h100", "--llm", "writer", "-o", target]
-    code, out, err = scepsy(*words, "--tensor-parallel", "1,2")
-    assert (code, err) == (0, "")
-    assert "estimate: writer on H100 at tensor_parallel_size 1, 2" in out
+    code, out, err = scepsy(*words, "--tensor-parallel", "1,2", "--json")
+    assert (code, json.loads(out)["llm"]) == (0, "writer")
+    assert "estimate: writer on H100 at tensor_parallel_size 1, 2" in err
     assert [steps.tensor_parallel_size for steps in load_profile(target).steps] == [1, 2]
     plan = tmp_path / "plan.yaml"
     rest = ["--cluster", "4xH100", "--rate", "1", "--profiles", target, "-o", plan]

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from scepsy.cli.profile import _shown
+from scepsy.cli.profile_progress import show_progress
 from scepsy.profiling import Progress
 
 
@@ -13,7 +13,7 @@ from scepsy.profiling import Progress
 def test_measurements_are_lines_and_a_terminal_shows_the_time_left(terminal):
     file = io.StringIO()
     console = Console(file=file, force_terminal=terminal, width=100, no_color=True)
-    with _shown(console) as tell:
+    with show_progress(console) as tell:
         tell(Progress(text="engine ready [in brackets]", done=1, points=12, left_s=None))
         tell(Progress(text="prefill of 16 tokens: 1.0 ms", done=2, points=12, left_s=90.2))
     shown = file.getvalue()

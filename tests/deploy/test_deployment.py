@@ -267,7 +267,7 @@ def test_detached_it_outlives_its_parent_and_is_stopped_by_name(
     assert find("d").status().ready
     stop("d")
     assert process_table() == []
-    with pytest.raises(ScepsyError, match=r"no deployment 'd' is running \(running: none\)"):
+    with pytest.raises(ScepsyError, match=r"no deployment 'd' is running \(none is; start a plan with: "):
         stop("d")
 
 

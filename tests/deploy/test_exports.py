@@ -10,7 +10,8 @@ import yaml
 
 from scepsy.cli import main
 from scepsy.deployment import deploy
-from scepsy.deployment.exports import DESCRIPTIONS, export
+from scepsy.deployment.export_formats import DESCRIPTIONS
+from scepsy.deployment.exports import export
 from scepsy.files import save_plan
 from scepsy_optimizer.errors import ScepsyError
 

@@ -51,6 +51,22 @@ def test_what_stays_is_what_nothing_beats(given_points):
     assert sorted((point.devices, point.rate_rps, point.latency_s) for point in kept) == sorted(expected)
 
 
+def test_rates_and_devices_that_are_asked_for_are_tried_as_well(workload, profiles):
+    highest, _ = highest_rate(workload, profiles, CLUSTER)
+    own = 0.37 * highest
+    plain, more = (find_frontier(workload, profiles, CLUSTER, more_rates_rps=rates) for rates in ((), (own,)))
+    assert own in {point.rate_rps for point in more}
+    assert all(point in plain for point in more if point.rate_rps != own)
+    wide = parse_cluster("5x8xH100")
+    assert 29 not in device_counts(wide.devices)
+    tried = find_frontier(workload, profiles, wide, rates_rps=[highest * 6], more_devices=[29])
+    least = find_allocation(workload, profiles, wide, rate_rps=highest * 6, max_units=290)
+    within = [point.latency_s for point in tried if point.devices <= 29]
+    assert (least is None) == (not within)
+    if least is not None:
+        assert min(within) == pytest.approx(least.latency_s, rel=1e-3)
+
+
 def test_the_frontier_covers_every_search(workload, profiles):
     highest, _ = highest_rate(workload, profiles, CLUSTER)
     rates = [highest * level for level in (0.1, 0.5, 0.9)]

@@ -47,6 +47,28 @@ def test_the_highest_rate_within_a_latency_is_a_limit(workload, profiles):
         optimize_rate(workload, profiles, CLUSTER, latency_s=light.latency_s / 2)
 
 
+def test_the_parts_of_the_latency_add_up_to_it(workload, profiles):
+    found = optimize(workload, profiles, CLUSTER, rate_rps=0.5).prediction
+    assert found is not None
+    assert found.llm_latency_s.keys() == {"a", "b"}
+    assert sum(found.llm_latency_s.values()) + found.tool_s == pytest.approx(found.latency_s, rel=1e-9)
+
+
+def test_a_search_for_a_limit_says_how_far_it_is(workload, profiles):
+    light = optimize(workload, profiles, CLUSTER, rate_rps=0.01).prediction
+    assert light is not None
+    limit_s = light.latency_s * 1.3
+    told: list[list[float]] = [[], []]
+    plan = optimize_rate(workload, profiles, CLUSTER, latency_s=limit_s, on_progress=told[0].append)
+    optimize_devices(
+        workload, profiles, CLUSTER, rate_rps=plan.rate_rps / 4, latency_s=limit_s, on_progress=told[1].append
+    )
+    for parts in told:
+        assert parts[0] == 0
+        assert parts == sorted(parts)
+        assert 0.7 < parts[-1] <= 1
+
+
 @pytest.mark.parametrize("latency_s", [0.0, -1.0, float("nan")])
 def test_a_latency_limit_is_a_positive_number(workload, profiles, latency_s):
     with pytest.raises(ScepsyError, match="must be a positive number of seconds"):

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from rich.markup import escape
 from rich.table import Table
 
-from scepsy.report.tables import plain_table, replica_words
-from scepsy_optimizer.allocation import Groups
+from scepsy.report.tables import groups_words, plain_table
 from scepsy_optimizer.cluster import Cluster
 from scepsy_optimizer.frontier import FrontierPoint
 from scepsy_optimizer.moves import plan_moves
@@ -91,7 +90,7 @@ def next_devices_table(plan: Plan, found: Sequence[NextDevice]) -> Table:
     several = len(plan.cluster.device_types) > 1
     now = _groups(plan)
     for one in found:
-        words = _words(one.groups)
+        words = groups_words(one.groups)
         table.add_row(
             escape(f"{one.llm} +1 {one.device_type}" if several else one.llm),
             _seconds(one.latency_s),
@@ -143,12 +142,7 @@ def _describe_change(old: Plan, new: Plan) -> str:
 
 
 def _groups(plan: Plan) -> dict[str, str]:
-    return {llm: _words(groups) for llm, groups in plan_choices(plan).items()}
-
-
-def _words(groups: Groups) -> str:
-    """What one LLM gets, such as "2 x 1 device + 1 x 0.5 device"."""
-    return " + ".join(sorted(f"{group.replicas} x {replica_words(group)}" for group in groups))
+    return {llm: groups_words(groups) for llm, groups in plan_choices(plan).items()}
 
 
 def _mean_s(plan: Plan) -> float:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
+from typing import TYPE_CHECKING
 
-from rich.console import Console
+from scepsy.cli.options import add_json, add_profiles, parse_models
 
-from scepsy.cli.options import add_profiles, parse_models
-from scepsy.cli.plan import print_difference
-from scepsy.deployment import find
-from scepsy.deployment.state import read_order
-from scepsy.files import load_plan
-from scepsy.inputs import resolve_cluster_profiles
+if TYPE_CHECKING:
+    from rich.console import Console
 
 HELP = "change a running deployment to another plan, restarting only what differs"
+
+EXAMPLE = """\
+  scepsy apply other.yaml --dry-run         # what would start and stop, in which order
+  scepsy apply other.yaml"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,15 +27,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--drain", type=float, default=600.0, metavar="S", help="how long a replica may end its answers (default: 600)"
     )
     add_profiles(parser)
+    add_json(parser)
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Compare, change, say when it is done."""
+    from scepsy.cli.plan import describe_difference, print_difference
+    from scepsy.deployment import find
+    from scepsy.deployment.state import read_order
+    from scepsy.files import load_plan
+    from scepsy.inputs import resolve_cluster_profiles
+    from scepsy.report.progress import waiting
+
     plan = load_plan(args.plan)
     deployment = find(args.name)
     running = load_plan(deployment.directory / "plan.yaml")
     if args.dry_run:
-        print_difference(running, plan, console)
+        if args.json:
+            print(json.dumps(describe_difference(running, plan)))
+        else:
+            print_difference(running, plan, console)
         return 0
     profiles = None
     order = read_order(deployment.directory)
@@ -41,11 +54,13 @@ def run(args: argparse.Namespace, console: Console) -> int:
         llms = list(dict.fromkeys(part.llm for part in plan.llms))
         models = parse_models(args.model)
         profiles = resolve_cluster_profiles(llms, plan.cluster, profiles=args.profiles, models=models)
-    deployment.apply(
+    waiting("changing", console)(deployment.apply)(
         plan,
         profiles=profiles,
         drain_s=args.drain,
         on_event=lambda event: console.print(event, soft_wrap=True, markup=False, highlight=False),
     )
     console.print(f"deployment {args.name!r} runs {args.plan}", soft_wrap=True, markup=False, highlight=False)
+    if args.json:
+        print(json.dumps({"name": args.name, "url": deployment.url, **describe_difference(running, plan)}))
     return 0

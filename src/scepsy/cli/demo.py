@@ -8,14 +8,18 @@ import json
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-from scepsy.report.tables import plain_table, plan_table, workload_table
 from scepsy_optimizer.errors import ScepsyError
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 HELP = "trace three example workflows on emulated GPUs, plan, deploy the plan, compare"
+
+EXAMPLE = """\
+  scepsy demo                                         # four emulated H100s, under three minutes
+  scepsy demo --cluster 8xH100 --rate 4 --seconds 20"""
 
 EXAMPLES = ("beam_search", "retrieval", "research")
 NEEDED = ("aiohttp", "langchain_openai", "llama_index", "openai", "prometheus_client", "psutil")
@@ -34,21 +38,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Play the story, show it."""
-    # Only here: the demonstration's engines and clients are an extra.
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ScepsyError(f"{', '.join(missing)} missing: pip install 'scepsy[demo]'")
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     from scepsy.demo.drive import Outcome
     from scepsy.demo.schedule import make_schedule
     from scepsy.demo.story import Stage, tell
+    from scepsy.report.tables import plain_table, plan_table, workload_table
 
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ScepsyError(f"demo: {', '.join(missing)} missing: pip install 'scepsy[demo]'")
     if not (args.rate > 0 and args.seconds > 0):
-        raise ScepsyError("demo: --rate and --seconds must be positive")
+        raise ScepsyError("--rate and --seconds must be positive")
     folder = args.examples or _shipped_examples()
     if args.directory is not None and args.directory.exists() and any(args.directory.iterdir()):
-        raise ScepsyError(
-            f"demo: {args.directory} is not empty; name a new folder, so that no other traces get mixed in"
-        )
+        raise ScepsyError(f"{args.directory} is not empty; name a new folder, so that no other traces get mixed in")
+    for name in EXAMPLES:
+        if not (folder / f"{name}.py").is_file():
+            raise ScepsyError(f"--examples {folder}: there is no {name}.py in it; leave it out for the shipped ones")
     directory = args.directory or Path("runs") / f"demo-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
     stage = Stage(
         examples={name: folder / f"{name}.py" for name in EXAMPLES},
@@ -62,7 +70,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TimeElapsedColumn(),
+        TimeRemainingColumn(),
         console=console,
     ) as progress:
 
@@ -136,4 +144,4 @@ def _shipped_examples() -> Path:
     for folder in (package / "_examples", package.parent.parent / "examples"):
         if (folder / f"{EXAMPLES[0]}.py").exists():
             return folder
-    raise ScepsyError("demo: the example workflows are not in this installation; name their folder with --examples")
+    raise ScepsyError("the example workflows are not in this installation; name their folder with --examples")

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import threading
 from types import FrameType
-from typing import Final
-
-from rich.console import Console
+from typing import TYPE_CHECKING, Final
 
 from scepsy.cli import kubernetes
-from scepsy.cli.options import add_engine, add_profiles, parse_command, parse_models
-from scepsy.deployment import deploy
-from scepsy.deployment.on_ray import deploy_on_ray
-from scepsy.files import load_plan
-from scepsy.inputs import resolve_cluster_profiles
+from scepsy.cli.options import add_engine, add_json, add_profiles, parse_command, parse_models
 from scepsy_optimizer.errors import ScepsyError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _LOOK_EVERY_S: Final = 0.2
 _LOCAL_ONLY: Final = ("record", "affinity", "kv_cache_bytes", "otlp")
 
 HELP = "start the engines of a plan behind one OpenAI-compatible endpoint"
+
+EXAMPLE = """\
+  scepsy deploy plan.yaml                             # vLLM on the plan's GPUs, until interrupted
+  scepsy deploy plan.yaml --detach --record traces    # in the background, recording its calls
+  scepsy deploy plan.yaml --engine emulator           # the same without GPUs
+  scepsy deploy plan.yaml --to kubernetes --image IMAGE | kubectl apply -f -"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,11 +63,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--to", choices=("local", "ray", "kubernetes"), default="local", help="where (default: local, this machine)"
     )
     parser.add_argument("--address", help="with --to ray: the cluster (default: RAY_ADDRESS, or one on this machine)")
+    add_json(parser)
     kubernetes.add_arguments(parser.add_argument_group("with --to kubernetes"))
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Start, wait until told to end, stop."""
+    from scepsy.deployment import deploy
+    from scepsy.files import load_plan
+    from scepsy.inputs import resolve_cluster_profiles
+    from scepsy.report.progress import waiting
+
     plan = load_plan(args.plan)
     if args.endpoint != "gateway" and args.to != "local":
         raise ScepsyError(f"--endpoint {args.endpoint} is for --to local; with --to {args.to} leave it out")
@@ -78,7 +88,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
         models = parse_models(args.model)
         profiles = resolve_cluster_profiles(llms, plan.cluster, profiles=args.profiles, models=models)
     if args.to == "ray":
-        on_ray = deploy_on_ray(
+        from scepsy.deployment.on_ray import deploy_on_ray
+
+        on_ray = waiting("starting", console)(deploy_on_ray)(
             plan,
             engine=args.engine,
             profiles=profiles,
@@ -89,9 +101,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
             on_event=lambda event: console.print(event, soft_wrap=True, markup=False, highlight=False),
         )
         console.print(f"ready: OPENAI_BASE_URL={on_ray.url}", soft_wrap=True)
+        _tell_ready(args, on_ray.url)
         console.print(f"it runs on without this process; end it with: scepsy stop {args.name} --on ray")
         return 0
-    deployment = deploy(
+    deployment = waiting("starting", console)(deploy)(
         plan,
         engine=args.engine,
         profiles=profiles,
@@ -109,6 +122,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         on_event=lambda event: console.print(event, soft_wrap=True, markup=False, highlight=False),
     )
     console.print(f"ready: OPENAI_BASE_URL={deployment.url}", soft_wrap=True)
+    _tell_ready(args, deployment.url)
     if args.detach:
         console.print(f"end it with: scepsy stop {args.name}")
         return 0
@@ -130,3 +144,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
             signal.signal(number, handler)
         deployment.stop()
     return 0
+
+
+def _tell_ready(args: argparse.Namespace, url: str) -> None:
+    """For programs, as soon as there is something to talk to."""
+    if args.json:
+        print(json.dumps({"name": args.name, "url": url}), flush=True)

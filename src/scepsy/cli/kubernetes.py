@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-
-from scepsy.deployment.on_kubernetes.applying import apply_manifests, connected, remove, wait_until_ready
-from scepsy.deployment.on_kubernetes.manifests import as_yaml, render
 from scepsy.deployment.on_kubernetes.options import MODES, SHARING, KubernetesOptions
-from scepsy_optimizer.plan import Plan
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from scepsy_optimizer.plan import Plan
 
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:
@@ -34,6 +36,9 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
 
 def run(plan: Plan, args: argparse.Namespace, console: Console) -> int:
     """Print or apply."""
+    from scepsy.deployment.on_kubernetes.applying import apply_manifests, connected, remove, wait_until_ready
+    from scepsy.deployment.on_kubernetes.manifests import as_yaml, render
+
     options = KubernetesOptions(
         image=args.image,
         name=args.name if args.name != "default" else "scepsy",
@@ -54,7 +59,8 @@ def run(plan: Plan, args: argparse.Namespace, console: Console) -> int:
         return 0
     manifests = render(plan, options)
     if not args.apply:
-        sys.stdout.write(as_yaml(manifests))
+        listed = {"apiVersion": "v1", "kind": "List", "items": manifests}
+        sys.stdout.write(json.dumps(listed) + "\n" if args.json else as_yaml(manifests))
         return 0
     with connected(args.context) as api:
         apply_manifests(api, manifests, **where, on_event=tell)

@@ -4,31 +4,25 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pydantic import TypeAdapter
-from rich.console import Console
-
-from scepsy.cli.answers import (
-    changes_table,
-    describe_moves_from,
-    describe_robustness,
-    frontier_table,
-    next_devices_table,
-    shares_table,
-)
-from scepsy.cli.options import add_profiles, add_traces, parse_models, parse_numbers, parse_rates
-from scepsy.files import load_plan, load_requirements, save_plan
-from scepsy.planning import Answer, Question, answer, prepare, trace_frontier
-from scepsy.report.progress import LateProgress
-from scepsy.report.tables import plan_table
+from scepsy.cli.options import add_json, add_profiles, add_traces, parse_models, parse_numbers, parse_rates
 from scepsy_optimizer.errors import ScepsyError
-from scepsy_optimizer.frontier import FrontierPoint
-from scepsy_optimizer.plan import Plan
-from scepsy_optimizer.questions import PERCENTILES
-from scepsy_optimizer.requirements import Requirements, kept
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from scepsy.planning import Answer, Question
+    from scepsy_optimizer.plan import Plan
+    from scepsy_optimizer.requirements import Requirements
 
 HELP = "find the allocation of least latency for a rate, place it, and write the plan"
+
+EXAMPLE = """\
+  scepsy optimize scepsy-traces --cluster 8xH100 --rate 4 --html plan.html
+  scepsy optimize scepsy-traces --cluster auto --max-latency 6 --percentile 95
+  scepsy optimize scepsy-traces --cluster 2x8xH100 --frontier
+  scepsy optimize scepsy-traces --cluster 4xH100 --rate 2 --model writer=Qwen/Qwen3-32B"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     asked.add_argument(
         "--percentile",
         type=int,
-        choices=PERCENTILES,
-        help="--max-latency is on this percentile of a replay, not on the mean",
+        metavar="P",
+        help="--max-latency is on this percentile of a replay (50, 95 or 99), not on the mean",
     )
     asked.add_argument(
         "--frontier",
@@ -91,35 +85,69 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     shown = parser.add_argument_group("what is told")
     shown.add_argument("--what-if", action="store_true", help="what one device more and one less would change")
-    shown.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    shown.add_argument("--html", metavar="FILE", help="write a self-contained page of the plan as well")
+    add_json(shown)
     shown.add_argument("-o", "--output", default="plan.yaml", metavar="FILE", help="default: plan.yaml")
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Plan, write, show."""
+    from rich.console import Console
+
+    from scepsy.files import load_plan, save_plan
+    from scepsy.planning import answer, prepare
+    from scepsy.report.progress import LateProgress, waiting
+
     old = load_plan(args.plan) if args.plan else None
-    question = prepare(
-        args.traces,
-        cluster=args.cluster,
-        rate=parse_rates(args.rate) if args.rate else None,
-        requirements=_requirements(args, old),
-        profiles=args.profiles,
-        models=parse_models(args.model),
-    )
+    errors = Console(stderr=True)
+    with LateProgress("reading traces", errors) as progress:
+        question = prepare(
+            args.traces,
+            cluster=args.cluster,
+            rate=parse_rates(args.rate) if args.rate else None,
+            requirements=_requirements(args, old),
+            profiles=args.profiles,
+            models=parse_models(args.model),
+            on_progress=progress,
+        )
     if args.frontier:
         return _show_frontier(args, question, console)
-    found = answer(
-        question,
-        max_latency_s=args.max_latency,
-        percentile=args.percentile,
-        robust=args.robust,
-        what_if=args.what_if,
-        old=old,
-    )
+    # Only a search for a limit knows how far it is.
+    bisects = args.max_latency is not None
+    with LateProgress("searching", errors) if bisects else waiting("searching", errors) as told:
+        found = answer(
+            question,
+            max_latency_s=args.max_latency,
+            percentile=args.percentile,
+            robust=args.robust,
+            what_if=args.what_if,
+            old=old,
+            on_progress=told,
+        )
     save_plan(found.plan, args.output)
+    if args.html:
+        _write_page(args, question, found.plan)
     if args.json:
+        from pydantic import TypeAdapter
+
+        from scepsy.planning import Answer
+
         print(TypeAdapter(Answer).dump_json(found).decode())
-        return 0
+    else:
+        _show(args, found, old, console)
+    return 0
+
+
+def _show(args: argparse.Namespace, found: Answer, old: Plan | None, console: Console) -> None:
+    from scepsy.cli.answers import (
+        changes_table,
+        describe_moves_from,
+        describe_robustness,
+        next_devices_table,
+        shares_table,
+    )
+    from scepsy.report.tables import plan_table
+
     console.print(plan_table(found.plan))
     if found.robustness is not None:
         console.print(describe_robustness(found.plan, found.robustness), soft_wrap=True, markup=False, highlight=False)
@@ -130,17 +158,38 @@ def run(args: argparse.Namespace, console: Console) -> int:
         console.print(next_devices_table(found.plan, found.next_devices))
     if old is not None:
         console.print(describe_moves_from(args.plan, old, found.plan), soft_wrap=True, markup=False, highlight=False)
-    console.print(f"written to {args.output}; start it with: scepsy deploy {Path(args.output)}", soft_wrap=True)
-    return 0
+    pages = f" and {args.html}" if args.html else ""
+    console.print(f"written to {args.output}{pages}; start it with: scepsy deploy {args.output}", soft_wrap=True)
+
+
+def _write_page(args: argparse.Namespace, question: Question, plan: Plan) -> None:
+    from rich.console import Console
+
+    from scepsy.planning import explore
+    from scepsy.report.plan_page import write_plan_page
+    from scepsy.report.progress import LateProgress
+
+    with LateProgress("searching the frontier", Console(stderr=True)) as progress:
+        points = explore(question, plan, lambda done, total: progress(done / total))
+    write_plan_page(plan, args.html, name=args.output, frontier=points)
 
 
 def _show_frontier(args: argparse.Namespace, question: Question, console: Console) -> int:
+    from pydantic import TypeAdapter
+    from rich.console import Console
+
+    from scepsy.cli.answers import frontier_table
+    from scepsy.planning import trace_frontier
+    from scepsy.report.progress import LateProgress
+    from scepsy_optimizer.frontier import FrontierPoint
+
     given = {
         "--rate": args.rate,
         "--max-latency": args.max_latency,
         "--percentile": args.percentile,
         "--robust": args.robust,
         "--what-if": args.what_if,
+        "--html": args.html,
     }
     if others := [name for name, value in given.items() if value]:
         raise ScepsyError(f"--frontier asks for all rates and latencies at once: leave out {', '.join(others)}")
@@ -155,6 +204,9 @@ def _show_frontier(args: argparse.Namespace, question: Question, console: Consol
 
 def _requirements(args: argparse.Namespace, old: Plan | None) -> Requirements:
     """The file's requirements, with those of the command line on top."""
+    from scepsy.files import load_requirements
+    from scepsy_optimizer.requirements import Requirements, kept
+
     found = load_requirements(args.requirements) if args.requirements else Requirements()
     llms, workflows = dict(found.llms), dict(found.workflows)
     if args.keep:

@@ -15,6 +15,11 @@ def add_traces(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("traces", nargs="+", metavar="TRACES", help="trace files, or directories of them")
 
 
+def add_json(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """For programs: one JSON object on standard output, or one per line; what is for people goes to standard error."""
+    parser.add_argument("--json", action="store_true", help="print JSON for programs instead of tables")
+
+
 def add_profiles(parser: argparse.ArgumentParser) -> None:
     """Where profiles come from."""
     parser.add_argument("--profiles", nargs="+", metavar="PATH", help="profile files, or directories of them")
@@ -37,7 +42,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         help='how to start one engine, such as "python -m vllm.entrypoints.openai.api_server"',
     )
     parser.add_argument("--host", default="127.0.0.1", help="address of the endpoint (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000, help="port of the endpoint (default: 8000)")
+    parser.add_argument("--port", type=port, default=8000, help="port of the endpoint (default: 8000)")
     parser.add_argument("--name", default="default", help="name of the deployment (default: default)")
 
 
@@ -53,8 +58,23 @@ def parse_models(pairs: Sequence[str]) -> Mapping[str, str]:
 
 
 def parse_command(words: str | None) -> list[str] | None:
-    """An engine command as a list of words."""
-    return None if words is None else shlex.split(words)
+    """An engine command as a list of words. Raises ScepsyError."""
+    if words is None:
+        return None
+    try:
+        command = shlex.split(words)
+    except ValueError as error:
+        raise ScepsyError(f"--command {words!r}: {error}; write it as in a shell, such as 'vllm serve'") from error
+    if not command:
+        raise ScepsyError("--command: is empty; name a program, such as 'vllm serve', or leave it out")
+    return command
+
+
+def port(text: str) -> int:
+    """A TCP port, as the type of an argument; 0 takes a free one."""
+    if not (text.isdecimal() and int(text) < 1 << 16):
+        raise argparse.ArgumentTypeError(f"{text!r} is no port: give a number from 1 to 65535, or 0 for a free one")
+    return int(text)
 
 
 def parse_rates(texts: Sequence[str]) -> float | Literal["max"] | Mapping[str, float]:

@@ -3,38 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich import progress as bars
-from rich.console import Console
-from rich.text import Text
-
-from scepsy.cli.options import parse_command
-from scepsy.files import load_profile, save_profile
-from scepsy.profiling import (
-    EngineChoice,
-    EngineFlags,
-    Lengths,
-    Limits,
-    Progress,
-    ServingPoint,
-    calibrate,
-    correct,
-    estimate,
-    measure,
-    profile_model,
-    read_points,
-    traced_lengths,
-)
-from scepsy.traces import read_executions
+from scepsy.cli.options import add_json, parse_command
 from scepsy_optimizer.errors import ScepsyError
-from scepsy_optimizer.profile import LLMProfile
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from scepsy.profiling import Lengths, Progress, ServingPoint
+    from scepsy_optimizer.profile import LLMProfile
 
 HELP = "write the profile of a model: measured on engines that are started for it, or on a running one, or estimated"
+
+EXAMPLE = """\
+  scepsy profile Qwen/Qwen3-32B --device-type H100 --llm writer --estimate
+  scepsy profile Qwen/Qwen3-32B --device-type H100 --llm writer --estimate --points bench.json
+  scepsy profile Qwen/Qwen3-32B --device-type H100 --llm writer --traces scepsy-traces --tensor-parallel 1,2"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,10 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192, metavar="N", help="vLLM's (default: 8192)")
     parser.add_argument("--max-model-len", type=int, default=32768, metavar="N", help="vLLM's (default: 32768)")
     parser.add_argument("-o", "--output", metavar="FILE", help="default: NAME_TYPE.yaml")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Profile, write, say where."""
+    from scepsy.files import save_profile
+
     llm = args.llm or args.model.rstrip("/").rsplit("/", 1)[-1].lower()
     target = Path(args.output or f"{llm}_{args.device_type.lower()}.yaml")
     profile = _profile(args, llm, target, console)
@@ -83,22 +73,33 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if profile.provenance.note:
         console.print(profile.provenance.note, soft_wrap=True, markup=False, highlight=False)
     console.print(f"written to {target}; plan with it: scepsy optimize TRACES --profiles {target} ...", soft_wrap=True)
+    if args.json:
+        from pydantic import TypeAdapter
+
+        from scepsy_optimizer.profile import LLMProfile
+
+        print(TypeAdapter(LLMProfile).dump_json(profile).decode())
     return 0
 
 
 def _profile(args: argparse.Namespace, llm: str, target: Path, console: Console) -> LLMProfile:
+    from scepsy.cli.profile_progress import show_progress
+    from scepsy.profiling import calibrate, traced_lengths
+    from scepsy.report.progress import waiting
+    from scepsy.traces import read_executions
+
     for option, number in (("--requests", args.requests), ("--max-num-seqs", args.max_num_seqs)):
         if number < 1:
             raise ScepsyError(f"{option} {number}: must be at least 1")
     sizes = [int(size) for size in _numbers("--tensor-parallel", args.tensor_parallel)]
     points = [point for report in args.points for point in _points(report, sizes[0])]
     lengths = traced_lengths(read_executions(args.traces).executions, llm) if args.traces else ()
-    found = _given(args, llm, sizes)
+    found = waiting("estimating", console)(_given)(args, llm, sizes)
     if found is None or args.endpoint:
         # Finished points are kept beside the file, so that a run that was cut off goes on where it was.
         kept = target.with_suffix(".points")
         try:
-            with _shown(console) as tell:
+            with show_progress(console) as tell:
                 found = _measured(args, llm, sizes, lengths, found, kept, tell)
         except ScepsyError as error:
             hint = f" What was finished is kept in {kept}: the same command goes on from there" if kept.exists() else ""
@@ -108,6 +109,9 @@ def _profile(args: argparse.Namespace, llm: str, target: Path, console: Console)
 
 def _given(args: argparse.Namespace, llm: str, sizes: Sequence[int]) -> LLMProfile | None:
     """The profile to begin with, unless it is to be measured."""
+    from scepsy.files import load_profile
+    from scepsy.profiling import estimate
+
     if args.estimate:
         return estimate(
             args.model,
@@ -136,6 +140,8 @@ def _measured(
     tell: Callable[[Progress], None],
 ) -> LLMProfile:
     """Measured at the endpoint, or on engines started here; or the given profile, corrected at the endpoint."""
+    from scepsy.profiling import EngineChoice, EngineFlags, Limits, correct, measure, profile_model
+
     device_type = args.device_type.upper()
     if given is not None:
         if not lengths:
@@ -185,40 +191,10 @@ def _measured(
     )
 
 
-@contextmanager
-def _shown(console: Console) -> Iterator[Callable[[Progress], None]]:
-    """Shows each measurement as a line, and on a terminal how much is left below them."""
-
-    def line(told: Progress) -> None:
-        console.print(told.text, soft_wrap=True, markup=False, highlight=False)
-
-    if not console.is_terminal:
-        yield line
-        return
-    columns = bars.BarColumn(), bars.MofNCompleteColumn(), bars.TextColumn("measurements"), _TimeLeft()
-    with bars.Progress(*columns, console=console, transient=True) as shown:
-        task = shown.add_task("", total=None, end_s=None)
-
-        def tell(told: Progress) -> None:
-            line(told)
-            end_s = None if told.left_s is None else time.monotonic() + told.left_s
-            shown.update(task, completed=told.done, total=told.points, end_s=end_s)
-
-        yield tell
-
-
-class _TimeLeft(bars.ProgressColumn):
-    """Counts down between two measurements, each of which may take minutes."""
-
-    def render(self, task: bars.Task) -> Text:
-        end_s = task.fields["end_s"]
-        if end_s is None:
-            return Text("")
-        return Text(f"about {timedelta(seconds=max(0, round(end_s - time.monotonic())))} left")
-
-
 def _points(report: str, size: int) -> Sequence[ServingPoint]:
     """The points of REPORT or REPORT@SIZE."""
+    from scepsy.profiling import read_points
+
     path, _, suffix = report.rpartition("@")
     named = path and suffix.isdecimal()
     return read_points(path if named else report, tensor_parallel_size=int(suffix) if named else size)

@@ -4,29 +4,39 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import TYPE_CHECKING
 
-from rich.console import Console
+from scepsy.cli.options import add_json, add_traces
 
-from scepsy.cli.options import add_traces
-from scepsy.report.progress import LateProgress
-from scepsy.report.summary import summarise
-from scepsy.report.terminal import print_report
-from scepsy.traces import Tally, iter_executions
-from scepsy_optimizer.totals import total
-from scepsy_optimizer.totals_workload import workload_of
+if TYPE_CHECKING:
+    from rich.console import Console
 
 HELP = "show what the traced executions ask of each LLM, and how sure that is"
+
+EXAMPLE = """\
+  scepsy report scepsy-traces
+  scepsy report scepsy-traces --html report.html
+  scepsy report scepsy-traces --json | jq '.llms[] | {llm, share}'"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     add_traces(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    add_json(parser)
     parser.add_argument("--html", metavar="FILE", help="write a self-contained page as well")
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Read, aggregate, show."""
+    from rich.console import Console
+
+    from scepsy.report.progress import LateProgress
+    from scepsy.report.summary import summarise
+    from scepsy.report.terminal import print_report
+    from scepsy.traces import Tally, iter_executions
+    from scepsy_optimizer.totals import total
+    from scepsy_optimizer.totals_workload import workload_of
+
     tally = Tally()
     with LateProgress("reading traces", Console(stderr=True)) as progress:
         totals = total(iter_executions(args.traces, tally, on_progress=progress))

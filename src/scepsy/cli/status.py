@@ -9,21 +9,26 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.table import Table
-from rich.text import Text
-
-from scepsy.deployment import Deployment, Status, find, list_deployments
-from scepsy.deployment.on_ray import RayDeployment, find_on_ray
-from scepsy.report.tables import plain_table
+from scepsy.cli.options import add_json
 from scepsy_optimizer.errors import ScepsyError
+
+if TYPE_CHECKING:
+    from rich.console import Console, Group, RenderableType
+    from rich.table import Table
+    from rich.text import Text
+
+    from scepsy.deployment import Deployment, Status
+    from scepsy.deployment.on_ray import RayDeployment
 
 _WATCH_EVERY_S: Final = 1.0
 
 HELP = "show running deployments and their replicas"
+
+EXAMPLE = """\
+  scepsy status --watch
+  scepsy status --json | jq '.[].url'"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", help="name of the deployment (default: all)")
     parser.add_argument("--on", choices=("local", "ray"), default="local", help="where it runs (default: local)")
     parser.add_argument("--address", help="with --on ray: the cluster (default: RAY_ADDRESS, or one on this machine)")
-    parser.add_argument("--json", action="store_true", help="print JSON for programs instead of tables")
+    add_json(parser)
     parser.add_argument("--watch", action="store_true", help="show it live, until interrupted")
 
 
@@ -44,6 +49,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if not args.watch:
         console.print(_shown(args))
         return 0
+    from rich.live import Live
+
     # Interrupting is how it is meant to end.
     with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
         while True:
@@ -54,11 +61,18 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 def _found(args: argparse.Namespace) -> Sequence[Deployment | RayDeployment]:
     if args.on == "ray":
+        from scepsy.deployment.on_ray import find_on_ray
+
         return [find_on_ray(args.name or "default", address=args.address)]
+    from scepsy.deployment import find, list_deployments
+
     return [find(args.name)] if args.name else list_deployments()
 
 
 def _shown(args: argparse.Namespace) -> Group:
+    from rich.console import Group
+    from rich.text import Text
+
     found = _found(args)
     if not found:
         return Group("nothing is deployed; start a plan with: scepsy deploy PLAN")
@@ -78,6 +92,8 @@ def _shown(args: argparse.Namespace) -> Group:
 
 def _troubles(status: Status) -> list[Text]:
     """What is wrong with replicas that do not serve: in one line, or for those given up in full."""
+    from rich.text import Text
+
     told = []
     for replica in status.replicas:
         if replica.last_error and replica.phase in ("restarting", "failed"):
@@ -87,6 +103,8 @@ def _troubles(status: Status) -> list[Text]:
 
 
 def _heading(deployment: Deployment | RayDeployment, status: Status) -> Text:
+    from rich.text import Text
+
     state = "ready" if status.ready else "not ready"
     return Text(
         f"{deployment.name}: {deployment.url}, {status.engine}, {state}, up {status.up_s:.0f} s, "
@@ -97,6 +115,8 @@ def _heading(deployment: Deployment | RayDeployment, status: Status) -> Text:
 
 def status_table(status: Status) -> Table:
     """One row per replica."""
+    from scepsy.report.tables import plain_table
+
     table = plain_table("")
     for column in ("replica", "LLM", "phase", "place"):
         table.add_column(column)

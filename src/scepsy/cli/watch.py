@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
-from rich.console import Console
-
-from scepsy.cli.options import add_profiles, parse_models
-from scepsy.cli.plan import print_difference
-from scepsy.deployment import Deployment, find
-from scepsy.files import load_plan, save_plan
-from scepsy.inputs import resolve_cluster_profiles
-from scepsy.watching import Seen, recent, record_folder
-from scepsy_optimizer.adapt import BAND, DEAD_BAND, find_drift, propose
+from scepsy.cli.options import add_json, add_profiles, parse_models
 from scepsy_optimizer.errors import ScepsyError
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from scepsy.deployment import Deployment
+    from scepsy.watching import Seen
+
 HELP = "follow a deployment's traces, and propose a better plan when its use has changed"
+
+EXAMPLE = """\
+  scepsy watch                          # after: scepsy deploy plan.yaml --record traces
+  scepsy watch --apply --every 60
+  scepsy watch --once || scepsy apply proposed.yaml"""
+
+# The optimizer's BAND and DEAD_BAND, which only a run loads.
+_BAND: Final = 0.2
+_DEAD_BAND: Final = 0.1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_profiles(parser)
     parser.add_argument("--apply", action="store_true", help="apply what is proposed, without asking")
-    parser.add_argument("-o", "--output", default="proposed.yaml", help="file of the proposed plan")
+    parser.add_argument("-o", "--output", default="proposed.yaml", metavar="FILE", help="of the proposed plan")
     parser.add_argument("--window", type=float, default=600.0, metavar="S", help="look at the last S s (default: 600)")
     parser.add_argument("--every", type=float, default=30.0, metavar="S", help="look every S s (default: 30)")
     parser.add_argument(
@@ -37,16 +46,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--band",
         type=float,
-        default=BAND,
-        help=f"how far rate and loads may be off what was planned (default: {BAND:g})",
+        default=_BAND,
+        help=f"how far rate and loads may be off what was planned (default: {_BAND:g})",
     )
     parser.add_argument(
         "--dead-band",
         type=float,
-        default=DEAD_BAND,
-        help=f"propose only what saves more than this part of the latency (default: {DEAD_BAND:g})",
+        default=_DEAD_BAND,
+        help=f"propose only what saves more than this part of the latency (default: {_DEAD_BAND:g})",
     )
     parser.add_argument("--once", action="store_true", help="look once; exit code 1 where a plan is proposed")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -58,6 +68,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def _watch(args: argparse.Namespace, console: Console) -> int:
+    from scepsy.deployment import find
+    from scepsy.watching import recent, record_folder
+
     deployment = find(args.name)
     folder = Path(args.traces) if args.traces else record_folder(deployment.directory)
     changed_s = 0.0
@@ -80,6 +93,8 @@ def _watch(args: argparse.Namespace, console: Console) -> int:
                 # What failed is not tried again at once: first there must be as much to go by as before.
                 _say(console, str(error))
                 proposed, changed_s = False, time.time()
+        if args.json:
+            _tell_look(args, seen, proposed=proposed)
         if args.once:
             return int(proposed)
         if proposed and args.apply:
@@ -89,6 +104,11 @@ def _watch(args: argparse.Namespace, console: Console) -> int:
 
 def _look(args: argparse.Namespace, console: Console, deployment: Deployment, seen: Seen) -> bool:
     """Whether a plan was proposed, and with --apply made."""
+    from scepsy.cli.plan import print_difference
+    from scepsy.files import load_plan, save_plan
+    from scepsy.inputs import resolve_cluster_profiles
+    from scepsy_optimizer.adapt import find_drift, propose
+
     plan = load_plan(deployment.directory / "plan.yaml")
     llms = sorted({part.llm for part in plan.llms} | {demand.llm for demand in seen.workload.demands})
     profiles = resolve_cluster_profiles(llms, plan.cluster, profiles=args.profiles, models=parse_models(args.model))
@@ -114,6 +134,17 @@ def _look(args: argparse.Namespace, console: Console, deployment: Deployment, se
     else:
         _say(console, f"saves {found.saved:.0%} of the latency; make it so with: scepsy apply {args.output}")
     return True
+
+
+def _tell_look(args: argparse.Namespace, seen: Seen | None, *, proposed: bool) -> None:
+    """For programs: one line for each look."""
+    told: dict[str, Any] = {
+        "executions": seen.workload.executions if seen else 0,
+        "rate_rps": seen.rate_rps if seen else None,
+        "proposed": args.output if proposed else None,
+        "applied": proposed and args.apply,
+    }
+    print(json.dumps(told), flush=True)
 
 
 def _say(console: Console, text: str) -> None:

@@ -19,16 +19,9 @@ from scepsy_optimizer.plan import LLMPlan, Plan
 VLLM_IMAGE_TAG: Final = "v0.32.0"
 """The version whose options are exported."""
 
-DESCRIPTIONS: Final[Mapping[str, str]] = {
-    "litellm": "LiteLLM's model_list with the replicas' addresses and weights; routing is to be least-busy",
-    "smg": "SMG's discovery file: the replicas' addresses; it asks them for their models",
-    "ray-serve": "LLMConfigs for ray.serve.llm, one for each group of replicas; Ray Serve places them as it likes",
-    "production-stack": "values of its chart: models, replicas, tensor parallelism, nodes, fractions as HAMi's",
-}
-
 
 def export(plan: Plan, to: str, urls: Sequence[str] = ()) -> str:
-    """The plan in the format named `to`, one of DESCRIPTIONS.
+    """The plan in the format named `to`, one of `export_formats.DESCRIPTIONS`.
 
     `urls` are the addresses of the replicas in the plan's order, for the formats that name them. Raises ScepsyError for
     another format, or where addresses are missing.

@@ -260,8 +260,9 @@ def find(name: str = "default") -> Deployment:
     directory = state.folder(name)
     note = state.read_state(directory)
     if note is None:
-        known = ", ".join(state.names()) or "none"
-        raise ScepsyError(f"no deployment {name!r} is running (running: {known})")
+        known = ", ".join(state.names())
+        advice = f"running: {known}" if known else "none is; start a plan with: scepsy deploy PLAN"
+        raise ScepsyError(f"no deployment {name!r} is running ({advice})")
     if note.boot != processes.boot_id() or not note.controller.alive:
         sweep(directory)
         raise ScepsyError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,7 @@ from typing import Final, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from scepsy.deployment.home import deployments_folder
 from scepsy.deployment.processes import Identity, end, end_rest
 from scepsy.deployment.specs import Engine, ReplicaSpec
 from scepsy_optimizer.errors import ScepsyError
@@ -101,12 +101,6 @@ class State:
 
 _ORDER = TypeAdapter(Order)
 _STATE = TypeAdapter(State)
-
-
-def deployments_folder() -> Path:
-    """Where deployments are noted: `$SCEPSY_HOME/deployments`, by default in `~/.scepsy`."""
-    home = os.environ.get("SCEPSY_HOME")
-    return (Path(home) if home else Path.home() / ".scepsy") / "deployments"
 
 
 def folder(name: str) -> Path:

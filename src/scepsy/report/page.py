@@ -11,20 +11,32 @@ from typing import Any
 from scepsy.report.summary import warnings
 from scepsy_optimizer.errors import ScepsyError
 
-_PLACE = "/*REPORT*/"
-
 
 def render_page(summary: Mapping[str, Any]) -> str:
     """The page for a summary (`summarise(...)`, with its timelines)."""
-    template = files("scepsy.report").joinpath("page.html").read_text(encoding="utf-8")
-    # Inside a script element only the sign that could end it is special; as JSON it may be written as an escape.
-    data = json.dumps({**summary, "warnings": warnings(summary)}, ensure_ascii=False, allow_nan=False)
-    return template.replace(_PLACE, data.replace("<", "\\u003c"), 1)
+    return fill_template("page.html", {**summary, "warnings": warnings(summary)})
 
 
 def write_page(summary: Mapping[str, Any], path: str | Path) -> None:
     """Write the page. Raises ScepsyError."""
+    write_text(render_page(summary), path)
+
+
+def fill_template(name: str, data: Mapping[str, Any]) -> str:
+    """A template of this package as a whole page: with the style and script that all have in common, and its data."""
+    # Inside a script element only the sign that could end it is special; as JSON it may be written as an escape.
+    embedded = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+    page = _read(name).replace("/*STYLE*/", _read("common.css"), 1).replace("/*SCRIPT*/", _read("common.js"), 1)
+    return page.replace("/*REPORT*/", embedded, 1)
+
+
+def write_text(text: str, path: str | Path) -> None:
+    """Write a page's text. Raises ScepsyError."""
     try:
-        Path(path).write_text(render_page(summary), encoding="utf-8")
+        Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
         raise ScepsyError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _read(name: str) -> str:
+    return files("scepsy.report").joinpath(name).read_text(encoding="utf-8")

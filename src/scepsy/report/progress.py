@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 _PATIENCE_S = 2.0
 _REFRESH_S = 0.1
@@ -51,3 +63,27 @@ class LateProgress:
             self._task = self._bar.add_task(self._what, total=1.0)
             self._bar.start()
         self._bar.update(self._task, completed=done)
+
+
+@contextmanager
+def waiting(what: str, console: Console) -> Iterator[None]:
+    """Show for how long something goes on whose end nobody knows, after two seconds and if there is a terminal.
+
+    A context manager, or around one call: `waiting("stopping", console)(stop)(name)`.
+    """
+    if not console.is_terminal:
+        yield
+        return
+    shown = Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True
+    )
+    shown.add_task(what, total=None)
+    late = threading.Timer(_PATIENCE_S, shown.start)
+    late.daemon = True
+    late.start()
+    try:
+        yield
+    finally:
+        late.cancel()
+        late.join()
+        shown.stop()

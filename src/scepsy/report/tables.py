@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
@@ -98,6 +100,11 @@ def replica_words(part: LLMPlan | Choice) -> str:
     if part.tensor_parallel_size == 1:
         return f"1 {part.device_type or 'device'}"
     return f"{part.tensor_parallel_size} {part.device_type or 'devices'}"
+
+
+def groups_words(groups: Iterable[LLMPlan | Choice]) -> str:
+    """What one LLM gets, such as "2 x 1 device + 1 x 0.5 device"."""
+    return " + ".join(sorted(f"{group.replicas} x {replica_words(group)}" for group in groups))
 
 
 def describe_prediction(plan: Plan) -> str:

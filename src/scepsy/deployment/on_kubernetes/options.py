@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from scepsy_optimizer.errors import ScepsyError
-from scepsy_optimizer.plan import Plan
+
+if TYPE_CHECKING:
+    from scepsy_optimizer.plan import Plan
 
 Manifest = dict[str, Any]
 Mode = Literal["native", "agent"]
