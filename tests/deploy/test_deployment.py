@@ -195,7 +195,7 @@ def test_a_killed_controller_leaves_nothing(stub, process_table, wait):
         pass
 
 
-def test_killed_shims_and_controller_leave_nothing_after_the_next_look(stub, process_table, wait):
+def test_killed_shims_and_controller_leave_nothing_after_the_next_look(stub, process_table, wait, capsys):
     stub.behave("stubborn")
     deployment = stub()
     pid = deployment.status().pid
@@ -204,7 +204,12 @@ def test_killed_shims_and_controller_leave_nothing_after_the_next_look(stub, pro
         if "shim.py" in command:
             os.kill(shim, signal.SIGKILL)
     os.kill(pid, signal.SIGKILL)
-    wait(lambda: list_deployments() == ())
+    wait(lambda: deployment.crashed)
+    assert main(["status"]) == 0
+    told = capsys.readouterr().out
+    assert "deployment 'default' had ended unasked; what it left is ended now. Its logs:" in told
+    assert "nothing is deployed" in told
+    assert list_deployments() == ()
     assert process_table() == []
     deployment.stop()
 

@@ -44,7 +44,8 @@ def test_smg_gets_no_key_that_it_does_not_know(plan):
 
 
 def test_production_stack_gets_a_model_spec_for_each_group(plan):
-    gen, small, whole = yaml.safe_load(export(plan, "production-stack"))["servingEngineSpec"]["modelSpec"]
+    engines = yaml.safe_load(export(plan, "production-stack"))["servingEngineSpec"]
+    gen, small, whole = engines["modelSpec"]
     assert (gen["name"], small["name"], whole["name"]) == ("org-gen", "ver", "ver-2")
     assert (gen["replicaCount"], gen["requestGPU"], gen["vllmConfig"]["tensorParallelSize"]) == (2, 2, 2)
     assert (small["requestGPUCores"], small["requestGPUMemPercentage"]) == ("30", "30")
@@ -52,6 +53,7 @@ def test_production_stack_gets_a_model_spec_for_each_group(plan):
     assert gen["nodeSelectorTerms"][0]["matchExpressions"][0]["values"] == ["node0"]
     assert gen["vllmConfig"]["extraArgs"][:2] == ["--served-model-name", "Org/gen"]
     assert gen["vllmConfig"]["enablePrefixCaching"] is True
+    assert engines["strategy"]["rollingUpdate"] == {"maxSurge": 0, "maxUnavailable": 1}
     for one in (gen, small, whole):
         # Without any of these the chart renders nothing.
         assert {name: type(one[name]) for name in ("name", "repository", "tag", "modelURL", "requestMemory")} == (

@@ -120,7 +120,13 @@ def test_an_agent_gets_its_nodes_part_of_the_plan(make_plan, options, tmp_path):
     maps = by_kind(manifests, "ConfigMap")
     agents = by_kind(manifests, "Deployment")
     assert set(agents) == {"agents", "agents-agent-gpu-a", "agents-agent-gpu-b"}
-    assert container(agents["agents-agent-gpu-a"])["resources"] == {"limits": {"nvidia.com/gpu": "4"}}
+    agent = container(agents["agents-agent-gpu-a"])
+    assert agent["resources"] == {"limits": {"nvidia.com/gpu": "4"}}
+    # An engine that is started again for minutes may not take the others on its node along.
+    paths = [agent[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness", "liveness")]
+    assert paths == ["/health", "/scepsy/status", "/scepsy/status"]
+    drain_s = float(agent["command"][agent["command"].index("--drain") + 1])
+    assert drain_s + 10 < agents["agents-agent-gpu-a"]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
     file = tmp_path / "plan.yaml"
     file.write_text(maps["agents-agent-gpu-b"]["data"]["plan.yaml"])
     own = load_plan(file)

@@ -7,7 +7,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Final
 
@@ -43,37 +43,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> int:
     """Ask each deployment, show it."""
     if args.json:
-        states = [{"url": one.url, **asdict(one.status())} for one in _found(args)]
+        found = _found(args, lambda event: print(event, file=sys.stderr))
+        states = [{"url": one.url, **asdict(one.status())} for one in found]
         sys.stdout.write(json.dumps(states, indent=2) + "\n")
         return 0
+
+    def tell(event: str) -> None:
+        console.print(event, soft_wrap=True, markup=False, highlight=False)
+
     if not args.watch:
-        console.print(_shown(args))
+        console.print(_shown(_found(args, tell)))
         return 0
     from rich.live import Live
 
     # Interrupting is how it is meant to end.
     with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
         while True:
-            live.update(_shown(args), refresh=True)
+            live.update(_shown(_found(args, tell)), refresh=True)
             time.sleep(_WATCH_EVERY_S)
     return 0
 
 
-def _found(args: argparse.Namespace) -> Sequence[Deployment | RayDeployment]:
+def _found(args: argparse.Namespace, on_event: Callable[[str], None]) -> Sequence[Deployment | RayDeployment]:
     if args.on == "ray":
         from scepsy.deployment.on_ray import find_on_ray
 
         return [find_on_ray(args.name or "default", address=args.address)]
     from scepsy.deployment import find, list_deployments
 
-    return [find(args.name)] if args.name else list_deployments()
+    return [find(args.name)] if args.name else list_deployments(on_event)
 
 
-def _shown(args: argparse.Namespace) -> Group:
+def _shown(found: Sequence[Deployment | RayDeployment]) -> Group:
     from rich.console import Group
     from rich.text import Text
 
-    found = _found(args)
     if not found:
         return Group("nothing is deployed; start a plan with: scepsy deploy PLAN")
     shown: list[RenderableType] = []

@@ -94,7 +94,8 @@ def _production_stack(plan: Plan, _urls: Sequence[str]) -> str:
     taken: dict[str, int] = {}
     specs = [_model_spec(part, taken) for part in plan.llms]
     # The chart's own strategy starts the new pod beside the old one, for which a planned cluster has no room.
-    engines = {"strategy": {"type": "Recreate"}, "modelSpec": specs}
+    strategy = {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}}
+    engines = {"strategy": strategy, "modelSpec": specs}
     return _yaml({"servingEngineSpec": engines, "routerSpec": {"routingLogic": "roundrobin"}})
 
 

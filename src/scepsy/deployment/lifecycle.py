@@ -265,9 +265,7 @@ def find(name: str = "default") -> Deployment:
         raise ScepsyError(f"no deployment {name!r} is running ({advice})")
     if note.boot != processes.boot_id() or not note.controller.alive:
         sweep(directory)
-        raise ScepsyError(
-            f"deployment {name!r} had ended unasked; what it left is ended now. Its logs: {directory}/logs"
-        )
+        raise ScepsyError(_ended_unasked(name))
     return Deployment(name, note.host, note.port, note.controller)
 
 
@@ -278,14 +276,21 @@ def stop(name: str = "default") -> None:
     find(name).stop()
 
 
-def list_deployments() -> tuple[Deployment, ...]:
-    """All running deployments, by name; what killed ones have left is ended."""
+def list_deployments(on_event: Callable[[str], None] | None = None) -> tuple[Deployment, ...]:
+    """All running deployments, by name; what killed ones have left is ended, of which `on_event` is told."""
     found = []
     for name in state.names():
-        if not sweep(state.folder(name)):
+        if sweep(state.folder(name)):
+            if on_event is not None:
+                on_event(_ended_unasked(name))
+        else:
             with contextlib.suppress(ScepsyError):  # it may end meanwhile
                 found.append(find(name))
     return tuple(found)
+
+
+def _ended_unasked(name: str) -> str:
+    return f"deployment {name!r} had ended unasked; what it left is ended now. Its logs: {state.folder(name)}/logs"
 
 
 def _launch(

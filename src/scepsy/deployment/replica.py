@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import re
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -104,7 +106,11 @@ class Replica:
                 if not isinstance(error, Exception):
                     raise
                 # Whatever stands in the way of one replica is no reason to end the others.
-                self.last_error = str(error) if isinstance(error, StartError) else f"{self.spec.id}: {error!r}"
+                self.last_error = str(error)
+                if not isinstance(error, StartError):
+                    self.last_error = f"{self.spec.id}: {error!r}"
+                    with contextlib.suppress(OSError):
+                        traceback.print_exc()  # into the controller's log
                 raise StartError(self.last_error) from error
         self._on_event(f"{self.spec.id} ready after {time.monotonic() - begun_s:.1f} s ({self.spec.place})")
         self._set("ready")

@@ -91,6 +91,10 @@ def _agents(plan: Plan, options: KubernetesOptions) -> list[Manifest]:
         devices = Devices(limits={GPU: str(node.devices)})
         container = _container("agent", ["scepsy", "deploy", f"{_CONFIG}/plan.yaml"], devices, options)
         container["command"] += ["--host", "0.0.0.0", "--port", str(PORT), "--name", "agent"]  # noqa: S104 - within the pod
+        container["command"] += ["--drain", str(_SHUTDOWN_S)]
+        # While one engine is started again the pod is not healthy as a whole, but has to go on: others serve.
+        for probe in ("readinessProbe", "livenessProbe"):
+            container[probe] = {**container[probe], "httpGet": {"path": "/scepsy/status", "port": PORT}}
         container["volumeMounts"].append({"name": "plan", "mountPath": _CONFIG})
         pod = _pod(container, node, devices, options)
         pod["volumes"].append({"name": "plan", "configMap": {"name": title}})
