@@ -5,15 +5,19 @@ BIN := $(VENV)/bin
 VLLM_VENV := .venv-vllm
 OLDEST_VENV := .venv-oldest
 NEWEST_VENV := .venv-newest
+LOWEST_VENV := .venv-lowest
 OLDEST := tests/integrations/oldest.txt
 # What capture's tests import, beside Scepsy itself: the frameworks with their clients, and the tools.
 CAPTURE_TESTS_NEED := '.[langchain,llama-index,openai,otlp]' aiohttp hypothesis langchain-openai langgraph \
   opentelemetry-instrumentation pytest pytest-asyncio pytest-xdist
+# The lowest versions of everything but the frameworks, whose oldest ones test-versions has.
+LOWEST_TESTS_NEED := hypothesis ortools pytest pytest-asyncio pytest-xdist scipy simpy
+LOWEST_TESTS ?= tests/cli tests/collect tests/deploy tests/optimizer tests/report tests/traces tests/test_files.py
 TESTS ?= tests
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format test-vllm test-versions test-beside test-ray test-browser bench wheel clean
+.PHONY: help install demo test check format test-vllm test-versions test-beside test-ray test-browser test-lowest bench docs wheel clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -86,6 +90,20 @@ test-ray: $(VENV)/.ready ## Test deployments on a Ray cluster of four nodes, all
 
 test-browser: $(VENV)/.ready ## Open the report's page in a headless Chromium (one must be installed)
 	$(BIN)/python -m pytest -m browser tests/report
+
+$(LOWEST_VENV)/.ready: pyproject.toml tests/lowest.py
+	$(PYTHON) -m venv --clear $(LOWEST_VENV)
+	$(LOWEST_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(PYTHON) tests/lowest.py > $(LOWEST_VENV)/constraints.txt
+	$(LOWEST_VENV)/bin/python -m pip install --quiet --constraint $(LOWEST_VENV)/constraints.txt \
+	  --editable '.[deploy,otlp,traces]' $(LOWEST_TESTS_NEED)
+	touch $@
+
+test-lowest: $(LOWEST_VENV)/.ready ## Test on the lowest versions of dependencies that pyproject.toml admits
+	$(LOWEST_VENV)/bin/python -m pytest -n $(WORKERS) -m "not vllm and not browser and not ray" $(LOWEST_TESTS)
+
+docs: $(VENV)/.ready ## Write the documentation to build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 bench: $(VENV)/.ready ## Run every benchmark
 	@for file in $$(grep -l '^if __name__' benchmarks/*.py); do \

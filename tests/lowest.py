@@ -9,15 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _BOUND = re.compile(r"([A-Za-z0-9._-]+)>=([0-9][^,;]*)")
-# Of what the tests themselves need and what needs a device or a cluster, the newest do.
-_LEFT = {"dev", "docs", "examples", "haproxy", "kubernetes", "ray", "vllm"}
+_EXTRAS = ("deploy", "otlp", "traces")
 
 
 def constraints(pyproject: Path) -> Iterator[str]:
-    """NAME==VERSION for every lower bound of the base and the main extras."""
+    """NAME==VERSION for every lower bound of the base and the extras that need no framework."""
     project = tomllib.loads(pyproject.read_text())["project"]
-    extras = {extra: needs for extra, needs in project["optional-dependencies"].items() if extra not in _LEFT}
-    for need in [*project["dependencies"], *(need for needs in extras.values() for need in needs)]:
+    extras = [need for extra in _EXTRAS for need in project["optional-dependencies"][extra]]
+    for need in [*project["dependencies"], *extras]:
         if bound := _BOUND.match(need):
             yield f"{bound[1]}=={bound[2]}"
 
