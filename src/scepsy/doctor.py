@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-import psutil
-
 from scepsy.deployment import machine, processes, quota
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.plan import Plan
@@ -68,7 +66,7 @@ def examine(
 
 
 def _extras() -> Finding:
-    missing = [name for name in ("aiohttp", "prometheus_client", "psutil", "uvloop") if not _importable(name)]
+    missing = [name for name in ("aiohttp", "orjson", "prometheus_client", "psutil", "uvloop") if not _importable(name)]
     if missing:
         advice = "pip install 'scepsy[deploy]'"
         return Finding(name="packages", state="missing", text=", ".join(missing), advice=advice, needed=True)
@@ -147,7 +145,9 @@ def _port(port: int) -> Finding:
 
 
 def _memory(replicas: int, *, needed: bool) -> Finding:
-    free_gib = psutil.virtual_memory().available / _GIB
+    # psutil would know it too, but comes with an extra that may be what is missing.
+    told = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
+    free_gib = int(told["MemAvailable"].split()[0]) * 1024 / _GIB
     wanted_gib = replicas * _HOST_GIB_PER_REPLICA
     text = f"{free_gib:.0f} GiB of host memory are free; {replicas} replicas take about {wanted_gib:.0f}"
     if free_gib >= wanted_gib or not needed:

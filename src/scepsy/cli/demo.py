@@ -18,7 +18,7 @@ from scepsy_optimizer.errors import ScepsyError
 HELP = "trace three example workflows on emulated GPUs, plan, deploy the plan, compare"
 
 EXAMPLES = ("beam_search", "retrieval", "research")
-NEEDED = ("aiohttp", "langchain_openai", "llama_index", "openai", "prometheus_client", "psutil")
+NEEDED = ("aiohttp", "langchain_openai", "llama_index", "openai", "orjson", "prometheus_client", "psutil")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

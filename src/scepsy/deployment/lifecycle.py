@@ -35,7 +35,7 @@ from scepsy_optimizer.profile import Profiles
 _START_TIMEOUT_S: Final = {"vllm": 1800.0, "vllm-cpu": 600.0, "emulator": 60.0}
 _GRACE_S: Final = 15.0
 _DRAIN_S: Final = 5.0
-_NEEDED: Final = ("aiohttp", "prometheus_client", "psutil")
+_NEEDED: Final = ("aiohttp", "orjson", "prometheus_client", "psutil")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
