@@ -17,7 +17,7 @@ TESTS ?= tests
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format test-vllm test-versions test-beside test-ray test-browser test-lowest bench docs wheel clean
+.PHONY: help install demo test check format test-vllm test-versions test-beside test-ray test-browser test-lowest test-docs bench docs wheel clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,7 +41,7 @@ demo: $(VENV)/.demo ## Trace three workflows on emulated GPUs, plan, deploy the 
 	$(BIN)/scepsy demo
 
 test: $(VENV)/.ready ## Run the tests (no GPU, no network)
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not vllm and not browser and not ray" $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not vllm and not browser and not ray and not docs" $(TESTS)
 
 check: $(VENV)/.ready ## Format, lint, types, import directions
 	$(BIN)/ruff format --check .
@@ -105,6 +105,9 @@ test-lowest: $(LOWEST_VENV)/.ready ## Test on the lowest versions of dependencie
 docs: $(VENV)/.ready ## Write the documentation to build/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
+test-docs: $(VENV)/.ready docs ## Run every block of the documentation and of the README as their reader does
+	$(BIN)/python -m pytest -n $(WORKERS) -m docs tests/docs
+
 bench: $(VENV)/.ready ## Run every benchmark
 	@for file in $$(grep -l '^if __name__' benchmarks/*.py); do \
 	  name=$$(basename $$file .py); echo "== $$name"; $(BIN)/python -m benchmarks.$$name || failed="$$failed $$name"; \
@@ -116,7 +119,7 @@ wheel: $(VENV)/.ready ## Build the wheel, install it in a clean environment, run
 	$(PYTHON) -m venv build/wheel-venv
 	build/wheel-venv/bin/python -m pip install --quiet --upgrade pip
 	build/wheel-venv/bin/python -m pip install --quiet "$$(ls dist/*.whl)[dev]"
-	cd build && wheel-venv/bin/python -m pytest -n $(WORKERS) -m "not vllm and not browser and not ray" -c ../pyproject.toml --rootdir .. ../tests
+	cd build && wheel-venv/bin/python -m pytest -n $(WORKERS) -m "not vllm and not browser and not ray and not docs" -c ../pyproject.toml --rootdir .. ../tests
 
 clean: ## Remove environments and build products
 	rm -rf $(VENV) .venv-* dist build .mypy_cache .ruff_cache .pytest_cache

@@ -60,6 +60,7 @@ def reader(models, tmp_path):
         subprocess.run([binaries / "scepsy", "stop", deployment.name], env=os.environ | environment)
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize("name", RUN)
 def test_every_block_does_what_it_says(name, reader):
     blocks = doc_blocks.blocks(PAGES[name])
@@ -73,6 +74,7 @@ def test_every_block_does_what_it_says(name, reader):
             reader.run(block)
 
 
+@pytest.mark.docs
 def test_the_readme(reader):
     """Its programs and commands are run, or where they need more than this machine has, parsed."""
     blocks = doc_blocks.blocks(ROOT / "README.md")
