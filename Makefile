@@ -5,16 +5,21 @@ BIN := $(VENV)/bin
 VLLM_VENV := .venv-vllm
 OLDEST_VENV := .venv-oldest
 NEWEST_VENV := .venv-newest
+LOWEST_VENV := .venv-lowest
 OLDEST := tests/integrations/oldest.txt
 # What capture's tests import, beside Scepsy itself: the frameworks with their clients, and the tools.
 CAPTURE_TESTS_NEED := '.[langchain,llama-index,openai,otlp]' aiohttp hypothesis langchain-openai langgraph \
   opentelemetry-instrumentation pytest pytest-asyncio pytest-xdist
+# The lowest versions of everything but the frameworks, whose oldest ones test-versions has.
+LOWEST_TESTS_NEED := hypothesis ortools pytest pytest-asyncio pytest-xdist scipy simpy
+LOWEST_TESTS ?= tests/cli tests/collect tests/deploy tests/optimizer tests/report tests/traces tests/test_files.py
 TESTS ?= tests
 BENCHMARKS ?= $(basename $(notdir $(shell grep -l 'import Bound, finish' benchmarks/*.py)))
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format test-vllm test-versions test-beside test-ray test-browser bench evaluation proof wheel clean
+.PHONY: help install demo test check format test-vllm test-versions test-beside test-ray test-browser test-lowest test-docs \
+  bench evaluation proof docs wheel clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,7 +43,7 @@ demo: $(VENV)/.demo ## Trace three workflows on emulated GPUs, plan, deploy the 
 	$(BIN)/scepsy demo
 
 test: $(VENV)/.ready ## Run the tests (no GPU, no network)
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not vllm and not browser and not ray" $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not vllm and not browser and not ray and not docs" $(TESTS)
 
 check: $(VENV)/.ready ## Format, lint, types, import directions
 	$(BIN)/ruff format --check .
@@ -88,6 +93,23 @@ test-ray: $(VENV)/.ready ## Test deployments on a Ray cluster of four nodes, all
 test-browser: $(VENV)/.ready ## Open the pages in a headless Chromium (one must be installed)
 	$(BIN)/python -m pytest -m browser tests/report
 
+$(LOWEST_VENV)/.ready: pyproject.toml tests/lowest.py
+	$(PYTHON) -m venv --clear $(LOWEST_VENV)
+	$(LOWEST_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(PYTHON) tests/lowest.py > $(LOWEST_VENV)/constraints.txt
+	$(LOWEST_VENV)/bin/python -m pip install --quiet --constraint $(LOWEST_VENV)/constraints.txt \
+	  --editable '.[deploy,otlp,traces]' $(LOWEST_TESTS_NEED)
+	touch $@
+
+test-lowest: $(LOWEST_VENV)/.ready ## Test on the lowest versions of dependencies that pyproject.toml admits
+	$(LOWEST_VENV)/bin/python -m pytest -n $(WORKERS) -m "not vllm and not browser and not ray" $(LOWEST_TESTS)
+
+docs: $(VENV)/.ready ## Write the documentation to build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+test-docs: $(VENV)/.ready docs ## Run every block of the documentation and of the README as their reader does
+	$(BIN)/python -m pytest -n $(WORKERS) -m docs tests/docs
+
 bench: $(VENV)/.ready ## Run every benchmark, or those named in BENCHMARKS; what they print stays in build/bench
 	@mkdir -p build/bench; for name in $(BENCHMARKS); do \
 	  echo "== $$name"; $(BIN)/python -m benchmarks.$$name > build/bench/$$name.txt || failed="$$failed $$name"; \
@@ -106,7 +128,7 @@ wheel: $(VENV)/.ready ## Build the wheel, install it in a clean environment, run
 	$(PYTHON) -m venv build/wheel-venv
 	build/wheel-venv/bin/python -m pip install --quiet --upgrade pip
 	build/wheel-venv/bin/python -m pip install --quiet "$$(ls dist/*.whl)[dev]"
-	cd build && wheel-venv/bin/python -m pytest -n $(WORKERS) -m "not vllm and not browser and not ray" -c ../pyproject.toml --rootdir .. ../tests
+	cd build && wheel-venv/bin/python -m pytest -n $(WORKERS) -m "not vllm and not browser and not ray and not docs" -c ../pyproject.toml --rootdir .. ../tests
 
 clean: ## Remove environments and build products
 	rm -rf $(VENV) .venv-* dist build .mypy_cache .ruff_cache .pytest_cache

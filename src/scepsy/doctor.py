@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-import psutil
-
 from scepsy.deployment import machine, processes, quota
 from scepsy.deployment.home import deployments_folder
 from scepsy_optimizer.errors import ScepsyError
@@ -75,9 +73,8 @@ def examine(
 
 
 def _extras() -> Finding:
-    missing = [
-        name for name in ("aiohttp", "httptools", "prometheus_client", "psutil", "uvloop") if not _importable(name)
-    ]
+    wanted = ("aiohttp", "httptools", "orjson", "prometheus_client", "psutil", "uvloop")
+    missing = [name for name in wanted if not _importable(name)]
     if missing:
         advice = "pip install 'scepsy[deploy]'"
         return Finding(name="packages", state="missing", text=", ".join(missing), advice=advice, needed=True)
@@ -181,7 +178,9 @@ def _disk() -> Finding:
 
 
 def _memory(replicas: int) -> Finding:
-    free_gib = psutil.virtual_memory().available / _GIB
+    # psutil would know it too, but comes with an extra that may be what is missing.
+    told = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
+    free_gib = int(told["MemAvailable"].split()[0]) * 1024 / _GIB
     wanted_gib = replicas * _HOST_GIB_PER_REPLICA
     text = f"{free_gib:.0f} GiB of host memory are free; {replicas} replicas take about {wanted_gib:.0f}"
     if free_gib >= wanted_gib:

@@ -22,7 +22,7 @@ EXAMPLE = """\
   scepsy demo --cluster 8xH100 --rate 4 --seconds 20"""
 
 EXAMPLES = ("beam_search", "retrieval", "research")
-NEEDED = ("aiohttp", "langchain_openai", "llama_index", "openai", "prometheus_client", "psutil")
+NEEDED = ("aiohttp", "langchain_openai", "llama_index", "openai", "orjson", "prometheus_client", "psutil")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -36,7 +36,7 @@ from scepsy_optimizer.profile import Profiles
 _START_TIMEOUT_S: Final = {"vllm": 1800.0, "vllm-cpu": 600.0, "emulator": 60.0}
 _GRACE_S: Final = 15.0
 _UPKEEP: Final = state.Upkeep()
-_NEEDED: Final = ("aiohttp", "httptools", "prometheus_client", "psutil")
+_NEEDED: Final = ("aiohttp", "httptools", "orjson", "prometheus_client", "psutil")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

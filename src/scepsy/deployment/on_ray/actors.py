@@ -27,26 +27,15 @@ from scepsy.deployment.backends import Backend, Pool
 from scepsy.deployment.connections import connections
 from scepsy.deployment.forward import MAX_BODY_BYTES, client, server_options
 from scepsy.deployment.gateway import Gateway
-from scepsy.deployment.on_ray.order import EVERYWHERE, PROFILE, RayOrder, RayReplica
+from scepsy.deployment.on_ray.order import EVERYWHERE, NAMESPACE, PROFILE, RayOrder, RayReplica, keeper_name
 from scepsy.deployment.replica import Replica
 from scepsy.deployment.shimmed import StartError
 
 T = TypeVar("T")
 
-NAMESPACE: Final = "scepsy"
 _LOOK_EVERY_S: Final = 0.5
 _AGAIN_S: Final = 5.0
 _CALL_TIMEOUT_S: Final = 60.0
-
-
-def head_name(name: str) -> str:
-    """The head actor's name."""
-    return f"{name}/head"
-
-
-def keeper_name(name: str, replica_id: str) -> str:
-    """The name of the actor beside a replica, and of its placement group."""
-    return f"{name}/{replica_id}"
 
 
 class _Looped:

@@ -13,8 +13,15 @@ from pydantic import TypeAdapter
 
 from scepsy.deployment import processes
 from scepsy.deployment.lifecycle import Status
-from scepsy.deployment.on_ray.actors import NAMESPACE, Head, head_name, keeper_name
-from scepsy.deployment.on_ray.order import RayOrder, RayReplica, node_ids, replicas_of
+from scepsy.deployment.on_ray.order import (
+    NAMESPACE,
+    RayOrder,
+    RayReplica,
+    head_name,
+    keeper_name,
+    node_ids,
+    replicas_of,
+)
 from scepsy.deployment.prepare import profile_texts
 from scepsy.deployment.specs import DEFAULT_COMMAND, Engine
 from scepsy_optimizer.errors import ScepsyError
@@ -92,6 +99,8 @@ def deploy_on_ray(
         raise ScepsyError("the plan has no LLMs to deploy")
     told = on_event or (lambda _event: None)
     ray = connect(address)
+    from scepsy.deployment.on_ray.actors import Head  # what runs on Ray needs an extra; asking does not
+
     if _names(name):
         raise ScepsyError(f"a deployment {name!r} is on that Ray cluster; end it first, or give another name (--name)")
     ids = node_ids(plan, ray.nodes())

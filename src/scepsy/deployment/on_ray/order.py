@@ -11,9 +11,20 @@ from scepsy.deployment.specs import DEFAULT_COMMAND, Engine, ReplicaSpec, replic
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.plan import LLMPlan, Plan, Slot
 
+NAMESPACE: Final = "scepsy"
 EVERYWHERE: Final = "0.0.0.0"  # noqa: S104 - the endpoint asks from another node
 PROFILE: Final = "{profile}"
 """Stands in an emulator's arguments for the file that its actor writes on its own node."""
+
+
+def head_name(name: str) -> str:
+    """The head actor's name."""
+    return f"{name}/head"
+
+
+def keeper_name(name: str, replica_id: str) -> str:
+    """The name of the actor beside a replica, and of its placement group."""
+    return f"{name}/{replica_id}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
