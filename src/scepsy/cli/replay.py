@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pydantic import TypeAdapter
@@ -16,22 +17,26 @@ from scepsy.inputs import resolve_cluster_profiles
 from scepsy.planning import aggregate
 from scepsy.report.progress import LateProgress
 from scepsy.report.tables import plain_table
+from scepsy.traces import read_executions
 from scepsy_optimizer.errors import ScepsyError
+from scepsy_optimizer.executions import Execution
+from scepsy_optimizer.percentiles import PredictedLatencies, predict_latencies
 from scepsy_optimizer.plan import Plan
-from scepsy_optimizer.planner import plan_choices, predict
-from scepsy_optimizer.profile import Profiles
-from scepsy_optimizer.replications import Estimate, Replications, replay_often
-from scepsy_optimizer.workload import Workload
+from scepsy_optimizer.replications import Estimate, Replications, recorded_rate_rps, replay_often, replay_recorded
 
 HELP = "replay traced executions on a plan, event by event: latencies with intervals, queues, beside the prediction"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """What replays gave, and the mean latency that is predicted for the same; None where no finite one is."""
+    """What replays gave, and the latencies that are predicted for the same; None where no finite ones are.
+
+    `predicted_s` is the mean of `predicted`.
+    """
 
     replayed: Replications
     predicted_s: float | None
+    predicted: PredictedLatencies | None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,8 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--executions", type=int, metavar="N", help="that many in each run (default: until it is steady)"
     )
-    parser.add_argument("--runs", type=int, default=5, metavar="N", help="with other arrivals each (default: 5)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the first run's arrivals (default: 0)")
+    parser.add_argument("--runs", type=int, metavar="N", help="with other arrivals each (default: 5)")
+    parser.add_argument("--seed", type=int, metavar="S", help="of the first run's arrivals (default: 0)")
+    parser.add_argument(
+        "--recorded",
+        action="store_true",
+        help="one run, each execution at its recorded start instead of Poisson arrivals; --rate makes that faster",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     add_profiles(parser)
 
@@ -51,12 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> int:
     """Replay, compare, show."""
     plan = load_plan(args.plan)
-    rate_rps = plan.rate_rps if args.rate is None else args.rate
-    if not rate_rps > 0:
-        raise ScepsyError(
-            f"{args.plan} is for no rate: give one with --rate" if args.rate is None else "--rate: above 0"
-        )
-    if args.seed < 0:
+    recorded = _recorded(args) if args.recorded else []
+    rate_rps = _rate_rps(args, plan, recorded)
+    if args.seed is not None and args.seed < 0:
         raise ScepsyError(f"--seed {args.seed}: give a number that is not negative")
     workload = aggregate(args.traces)
     for demand in workload.demands:
@@ -67,19 +74,23 @@ def run(args: argparse.Namespace, console: Console) -> int:
         profiles=args.profiles,
         models=parse_models(args.model),
     )
-    predicted_s = _predicted_s(plan, workload, profiles, rate_rps)
+    predicted = predict_latencies(plan, workload, profiles, rate_rps=rate_rps)
+    runs = 5 if args.runs is None else args.runs
     with LateProgress("replaying", Console(stderr=True)) as progress:
-        replayed = replay_often(
-            plan,
-            profiles,
-            workload,
-            rate_rps=rate_rps,
-            latency_s=workload.latency_s if predicted_s is None else predicted_s,
-            seeds=range(args.seed, args.seed + args.runs),
-            executions=args.executions,
-            on_run=lambda done: progress(done / args.runs),
-        )
-    found = Comparison(replayed=replayed, predicted_s=predicted_s)
+        if args.recorded:
+            replayed = replay_recorded(plan, profiles, recorded, rate_rps=rate_rps)
+        else:
+            replayed = replay_often(
+                plan,
+                profiles,
+                workload,
+                rate_rps=rate_rps,
+                latency_s=predicted.mean_s if predicted else workload.latency_s,
+                seeds=range(args.seed or 0, (args.seed or 0) + runs),
+                executions=args.executions,
+                on_run=lambda done: progress(done / runs),
+            )
+    found = Comparison(replayed=replayed, predicted_s=predicted.mean_s if predicted else None, predicted=predicted)
     if args.json:
         print(TypeAdapter(Comparison).dump_json(found).decode())
         return 0
@@ -88,11 +99,24 @@ def run(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _predicted_s(plan: Plan, workload: Workload, profiles: Profiles, rate_rps: float) -> float | None:
-    """The mean latency that the pipeline predicts for the plan's allocation at that rate."""
-    choices = {llm: groups for llm, groups in plan_choices(plan).items() if llm in profiles}
-    prediction = predict(workload, profiles, plan.cluster, choices, rate_rps=rate_rps).prediction
-    return prediction.latency_s if prediction is not None and prediction.latency_s < float("inf") else None
+def _recorded(args: argparse.Namespace) -> list[Execution]:
+    """The executions themselves, with their starts, of those that call an LLM."""
+    drawn = {"--runs": args.runs, "--seed": args.seed, "--executions": args.executions}
+    if given := [option for option, value in drawn.items() if value is not None]:
+        raise ScepsyError(f"--recorded replays every execution once, as it was traced: leave out {', '.join(given)}")
+    return [execution for execution in read_executions(args.traces).executions if execution.calls]
+
+
+def _rate_rps(args: argparse.Namespace, plan: Plan, recorded: Sequence[Execution]) -> float:
+    if args.rate is not None:
+        if not 0 < args.rate < float("inf"):
+            raise ScepsyError("--rate: above 0")
+        return float(args.rate)
+    if args.recorded:
+        return recorded_rate_rps(recorded)
+    if not plan.rate_rps > 0:
+        raise ScepsyError(f"{args.plan} is for no rate: give one with --rate")
+    return plan.rate_rps
 
 
 def _latency_table(found: Comparison) -> Table:
@@ -104,14 +128,15 @@ def _latency_table(found: Comparison) -> Table:
     table.add_column("latency of an execution", no_wrap=True)
     for column in ("seconds", "±", "predicted"):
         table.add_column(column, justify="right", no_wrap=True)
-    predicted = "beyond saturation" if found.predicted_s is None else f"{found.predicted_s:.2f}"
-    for name, estimate, beside in (
-        ("mean", replayed.mean_s, predicted),
-        ("50th percentile", replayed.p50_s, ""),
-        ("95th percentile", replayed.p95_s, ""),
-        ("99th percentile", replayed.p99_s, ""),
+    for name, column in (
+        ("mean", "mean_s"),
+        ("50th percentile", "p50_s"),
+        ("95th percentile", "p95_s"),
+        ("99th percentile", "p99_s"),
     ):
-        table.add_row(name, f"{estimate.value:.2f}", _width(estimate), beside)
+        estimate: Estimate = getattr(replayed, column)
+        predicted = f"{getattr(found.predicted, column):.2f}" if found.predicted else "beyond saturation"
+        table.add_row(name, f"{estimate.value:.2f}", _width(estimate), predicted)
     return table
 
 
