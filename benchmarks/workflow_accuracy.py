@@ -197,7 +197,8 @@ def one_point(
         arrivals_s = poisson_arrivals_s(rng, rate_rps=rate_rps, executions=count)
         # Exactly the rate on average: a run that happens to be busier would count as the prediction's error.
         arrivals_s *= count / rate_rps / arrivals_s[-1]
-        picked = np.concatenate([rng.permutation(traced) for _ in range(rounds)])
+        # Each as often as the others, but in any order: of few long ones, some must be allowed to meet.
+        picked = rng.permutation(np.repeat(np.arange(traced), rounds))
         replayed = replay(plan, profiles, [workload.timelines[index] for index in picked], arrivals_s)
         steady = (arrivals_s > edge_s) & (arrivals_s < arrivals_s[-1] - edge_s)
         latencies_s, predicted_s = replayed.latencies_s[steady], makespans_s[picked[steady]]

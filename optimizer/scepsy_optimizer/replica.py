@@ -297,7 +297,8 @@ def _solve(
     is_decoding = tokens > 1
     # An execution waits for one path through its calls, and all executions count alike; calls are counted most where
     # they are many at once.
-    unseen = (0.0 if shape.parallelism is None else max(0.0, shape.overlap - shape.parallelism)) / sharing
+    waited_for = own if shape.parallelism is None else np.minimum(limit, 1 + (shape.parallelism - 1) / sharing)
+    unseen = np.maximum(0.0, own - waited_for)
     beside = (shape.burst - 1 if shape.beside_tokens is None else shape.beside_tokens / prompt) / sharing
     contention = np.ones(rates.shape)
     bend_s = np.zeros(rates.shape)

@@ -76,6 +76,10 @@ def test_siblings_count_as_the_time_sees_them_that_an_execution_waits(make_profi
     profile = make_profile("m")
     seen_by_calls = replace(SHAPE, overlap=3.0, parallelism=2.0)
     assert call_s(profile, 1e-9, seen_by_calls, overlap=3.0) == pytest.approx(call_s(profile, 1e-9, overlap=2.0))
+    # Where only four run at once, a fan-out of hundreds fills all of the batch, however it is counted.
+    narrow = make_profile("m", max_num_seqs=4)
+    wide = replace(SHAPE, overlap=300.0, parallelism=100.0)
+    assert call_s(narrow, 1e-9, wide, overlap=300.0) == pytest.approx(call_s(narrow, 1e-9, overlap=4.0))
 
 
 @pytest.mark.parametrize("replicas", [2, 3, 4])
