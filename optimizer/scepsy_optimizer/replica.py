@@ -43,6 +43,10 @@ class CallShape:
     token being decoded, `prompt_pairs` the mean of what attention computes for a prompt, input^2 - cached^2; 0 stands
     for what they are where all calls are alike. `output_cv` is the coefficient of variation of the output tokens,
     `burst` the mean number of calls of one execution that start together, as a call sees it.
+
+    `parallelism` is the same as `overlap`, but over the time that any of them runs: as an execution sees it that waits
+    for the last of them. `beside_tokens` are the computed prompt tokens of the others of a burst, on average over
+    bursts. Without these two, all executions are alike.
     """
 
     input_tokens: float
@@ -54,6 +58,8 @@ class CallShape:
     prompt_pairs: float = 0.0
     output_cv: float = 1.0
     burst: float = 1.0
+    parallelism: float | None = None
+    beside_tokens: float | None = None
 
     @property
     def computed_tokens(self) -> float:
@@ -99,6 +105,8 @@ class CallShape:
             prompt_pairs=demand.prompt_pairs,
             output_cv=demand.output_cv,
             burst=demand.burst,
+            parallelism=demand.parallelism,
+            beside_tokens=demand.beside_tokens,
         )
 
 
@@ -287,8 +295,14 @@ def _solve(
     prompt, tokens = shape.computed_tokens, shape.generated_tokens
     burst = 1 + (np.maximum(1.0, shape.burst) - 1) / sharing
     is_decoding = tokens > 1
+    # An execution waits for one path through its calls, and all executions count alike; calls are counted most where
+    # they are many at once.
+    waited_for = own if shape.parallelism is None else np.minimum(limit, 1 + (shape.parallelism - 1) / sharing)
+    unseen = np.maximum(0.0, own - waited_for)
+    beside = (shape.burst - 1 if shape.beside_tokens is None else shape.beside_tokens / prompt) / sharing
     contention = np.ones(rates.shape)
     bend_s = np.zeros(rates.shape)
+    spread = np.zeros(rates.shape)
     # First as if the batch never varied and the device had no neighbours, then with what was found.
     for _ in range(_PASSES):
 
@@ -307,13 +321,16 @@ def _solve(
         present = prompts / np.maximum(part, 1e-12)
         span = np.maximum(1.0, prompt / 4) / prompt
         prompt_s = (replica.together_s(present + span) - replica.together_s(present)) / span
-        call_s = np.maximum(0.0, decode_s(decoding + own + 1) - decode_s(decoding + own))
+        # The slope over all batches that come, not that of the mean one (statistical linearisation).
+        reach = np.maximum(1.0, spread)
+        fewest, most = np.maximum(np.minimum(decoding, _NONE), decoding - reach), decoding + reach
+        call_s = np.maximum(0.0, decode_s(most) - decode_s(fewest)) / (most - fewest)
         # A step table that is steeper here than on its way to saturation would have the queue unstable below it.
         steep = np.maximum(1.0, rates * (prompt_s + (tokens - 1) * call_s) / utilisation)
         call_s, prompt_s = call_s / steep, prompt_s / steep
         arriving = prompts * (burst - 1 + 1 / sharing + shape.prompt_variability)
         moments = _moments(rates * call_s, rates * prompt_s, arriving, decoding / sharing, tokens)
-        seen = (decoding + np.maximum(own, moments.decoding / some)) * is_decoding
+        seen = (decoding + np.maximum(own, moments.decoding / some) - unseen) * is_decoding
         output_s = (
             decode_s(seen)
             + bend_s
@@ -328,13 +345,12 @@ def _solve(
         occupied = -np.expm1(-rates * tokens * output_s / own)
         if replica.fraction < 1:
             share = np.array([clock.bandwidth_share(float(batch), shape.context) for batch in seen])
-            neighbours = np.minimum(sharing, 1 / replica.fraction) - 1
-            contention = np.maximum(1.0, share * (1 + occupied * neighbours))
+            contention = _contention(share, occupied, sharing, replica.fraction)
     # The step in progress, as an arrival finds it: by its length.
     variance = call_s**2 * moments.decoding + prompt_s**2 * moments.prompts + 2 * call_s * prompt_s * moments.both
     found_s = occupied * (step_s + variance / step_s)
     # The step that computes the prompt: also its siblings', and those that came in the same step.
-    together = burst + rates * found_s
+    together = 1 + beside + rates * found_s
     decoding_s = occupied * np.maximum(0.0, decode_s(seen) - profile.host_s - clock.overlap_s)
     own_s = profile.host_s + replica.together_s(together) + decoding_s
     places_s = _place_wait_s(replica, rates, own, own - 1 + 1 / sharing, limit, contention)
@@ -342,6 +358,20 @@ def _solve(
     first_s = profile.outside_s + found_s / 2 + own_s + queue_s
     slope_s = (replica.together_s(together + span) - replica.together_s(together)) / (span * prompt)
     return first_s - slope_s * prompt - output_s, slope_s, output_s
+
+
+def _contention(share: Array, occupied: Array, replicas: Array, fraction: float) -> Array:
+    """How much longer decoding takes on average where so many replicas on fractions fill one device after another.
+
+    Each asks for its `share` of the device's memory bandwidth, while it is `occupied`.
+    """
+    places = round(1 / fraction)
+    last = np.mod(replicas, places)
+    full, rest = (
+        np.maximum(1.0, share * (1 + occupied * np.maximum(0.0, others - 1))) for others in (float(places), last)
+    )
+    mean: Array = full + last / replicas * (rest - full)
+    return mean
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -46,20 +46,37 @@ def shape_of(execution: Execution) -> Shape:
     )
 
 
-def burst_squares(spans: Iterable[Span]) -> int:
-    """Sum of the squared sizes of the bursts among the calls of one LLM in one execution.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bursts:
+    """How the calls of one LLM start in one execution: bursts are calls that start together.
 
-    A burst are calls that start together: before the first of them has run a tenth of its time.
+    `number` of them, the sum of their squared sizes, and the sum over bursts of `beside_tokens`: the computed prompt
+    tokens of all but one of its calls, whichever that is, in whole tokens.
     """
-    total = size = 0
+
+    number: int
+    squares: int
+    beside_tokens: int
+
+
+def bursts_of(spans: Iterable[Span]) -> Bursts:
+    """The bursts among the calls of one LLM in one execution.
+
+    A call belongs to a burst that starts before the first call of it has run a tenth of its time.
+    """
+    found: list[list[int]] = []
     until_s = float("-inf")
     for span in sorted(spans, key=lambda span: span.start_s):
         if span.start_s > until_s:
-            total += size * size
-            size = 0
+            found.append([])
             until_s = span.start_s + span.duration_s / 10
-        size += 1
-    return total + size * size
+        computed = 1 if span.call is None else span.call.input_tokens - span.call.cached_tokens
+        found[-1].append(max(1, computed))
+    return Bursts(
+        number=len(found),
+        squares=sum(len(tokens) ** 2 for tokens in found),
+        beside_tokens=sum(sum(tokens) * (len(tokens) - 1) // len(tokens) for tokens in found),
+    )
 
 
 def _most_at_once(intervals: list[tuple[float, float]]) -> int:

@@ -24,7 +24,7 @@ from scepsy_optimizer.sampling import (
     hash_of,
     merge_samples,
 )
-from scepsy_optimizer.shape import burst_squares, shape_of
+from scepsy_optimizer.shape import bursts_of, shape_of
 from scepsy_optimizer.timeline import Timeline, compile_timeline, waits
 
 SHARE_UNIT = 2.0**-40
@@ -39,8 +39,8 @@ class Sum(IntEnum):
     (LLM, role) that wait for a call of the first. RUNNING_NS adds up, over the time that calls of the LLM run in an
     execution, how many do; BUSY_NS that time; SEEN_NS the square of their number. DECODED_TOKENS are output tokens, at
     least one per call; DECODED_CONTEXT_TWICE adds up twice the mean context that each of them sees; PROMPT_PAIRS the
-    squares of input tokens without those of cached ones; BURST_SQUARES the squared numbers of calls of an execution
-    that start together.
+    squares of input tokens without those of cached ones; BURSTS counts calls of an execution that start together as
+    one, BURST_SQUARES their squared numbers, BURST_BESIDE_TOKENS the prompt tokens of all but one of them.
     """
 
     EXECUTIONS = auto()
@@ -69,7 +69,9 @@ class Sum(IntEnum):
     RUNNING_NS = auto()
     BUSY_NS = auto()
     SEEN_NS = auto()
+    BURSTS = auto()
     BURST_SQUARES = auto()
+    BURST_BESIDE_TOKENS = auto()
     SHARE = auto()
     SHARE_SQUARED = auto()
     ROLE_CALLS = auto()
@@ -367,7 +369,10 @@ class _Flow:
             self._sums[Sum.BUSY_NS, (llm,)] += busy_ns
             self._sums[Sum.RUNNING_NS, (llm,)] += running_ns
             self._sums[Sum.SEEN_NS, (llm,)] += seen_ns
-            self._sums[Sum.BURST_SQUARES, (llm,)] += burst_squares(spans)
+            bursts = bursts_of(spans)
+            self._sums[Sum.BURSTS, (llm,)] += bursts.number
+            self._sums[Sum.BURST_SQUARES, (llm,)] += bursts.squares
+            self._sums[Sum.BURST_BESIDE_TOKENS, (llm,)] += bursts.beside_tokens
 
     def _peak(self, what: Peak, names: Names, value: int) -> None:
         if value > self._peaks.get((what, names), 0):

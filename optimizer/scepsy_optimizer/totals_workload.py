@@ -116,4 +116,5 @@ class _Mixture:
             prompt_pairs=self.mean(Sum.PROMPT_PAIRS, llm) / visits,
             output_cv=self.cv(Sum.OUTPUT_TOKENS, Sum.OUTPUT_TOKENS_SQUARED, Sum.CALLS, llm, count_names=(llm,)),
             burst=self.mean(Sum.BURST_SQUARES, llm) / visits,
+            beside_tokens=self.mean(Sum.BURST_BESIDE_TOKENS, llm) / self.mean(Sum.BURSTS, llm),
         )

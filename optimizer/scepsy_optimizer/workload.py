@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.executions import Execution, Span
-from scepsy_optimizer.shape import burst_squares
+from scepsy_optimizer.shape import bursts_of
 from scepsy_optimizer.timeline import Timeline, compile_timeline
 
 _LEAST_S = 0.5e-9
@@ -27,7 +27,8 @@ class LLMDemand:
     largest context of a call, `context_tokens` the mean context of a token being decoded, `prompt_pairs` the mean of
     input^2 - cached^2 tokens (what attention computes for a prompt), `output_cv` the coefficient of variation of the
     output tokens; 0 where these are not known. `burst` is how many calls of one execution start at once, on average as
-    a call sees it, itself included. `service_s` is the service demand: time of its calls per execution,
+    a call sees it, itself included; `beside_tokens` are the computed prompt tokens of the others, on average over such
+    bursts. `service_s` is the service demand: time of its calls per execution,
     without what is known to be queueing. `share` is its part of all LLMs' service time, sum over
     executions by sum over executions, with the 95 % bootstrap interval; `share_cv` is the coefficient of variation of
     the share among executions. `critical_visits` counts its calls on the critical path, as traced.
@@ -52,6 +53,7 @@ class LLMDemand:
     prompt_pairs: float = 0.0
     output_cv: float = 0.0
     burst: float = 1.0
+    beside_tokens: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,6 +189,7 @@ def _demand(
     inputs, cached, outputs = counts.T
     parts = np.array([weight for _, weight in calls]) / visits
     decoded = parts * np.maximum(1.0, outputs)
+    bursts = [(bursts_of(found), weight) for found, weight in zip(per_run, weights.tolist(), strict=True)]
     return LLMDemand(
         llm=llm,
         visits=visits,
@@ -206,8 +209,9 @@ def _demand(
         context_tokens=float(decoded @ (inputs + outputs / 2) / decoded.sum()),
         prompt_pairs=float(parts @ (inputs**2 - cached**2)),
         output_cv=_cv(outputs, parts),
-        burst=sum(burst_squares(found) * weight for found, weight in zip(per_run, weights.tolist(), strict=True))
-        / visits,
+        burst=sum(one.squares * weight for one, weight in bursts) / visits,
+        beside_tokens=sum(one.beside_tokens * weight for one, weight in bursts)
+        / sum(one.number * weight for one, weight in bursts),
     )
 
 

@@ -1,6 +1,8 @@
 """`scepsy replay`: what it prints, and what it refuses."""
 
 import json
+import re
+from functools import partial
 
 import pytest
 
@@ -35,6 +37,30 @@ def test_for_programs_and_repeatable(scepsy, traces, plan):
     assert all(0 < use["busy"] <= 1 for use in replayed["uses"])
 
 
+def _moved(found, seconds):
+    return f'TimeUnixNano": "{int(found[1]) + seconds * 10**9}"'
+
+
+def test_recorded_starts_instead_of_random_ones(scepsy, traces, plan, tmp_path):
+    lines = (traces / "spans.jsonl").read_text().splitlines()
+    # Every execution starts at the same moment in these traces: let each start a second after the one before.
+    later = [
+        re.sub(r'TimeUnixNano": "(\d+)"', partial(_moved, seconds=number), line) for number, line in enumerate(lines)
+    ]
+    (tmp_path / "later.jsonl").write_text("\n".join(later))
+    found = json.loads(scepsy("replay", plan, tmp_path / "later.jsonl", "--recorded", "--json")[1])
+    assert found["replayed"]["rate_rps"] == pytest.approx(1)
+    assert (found["replayed"]["runs"], found["replayed"]["executions"]) == (1, 20)
+    assert (
+        found["predicted_s"]
+        == found["predicted"]["mean_s"]
+        == pytest.approx(found["replayed"]["mean_s"]["value"], rel=0.1)
+    )
+    assert found["predicted"]["p50_s"] <= found["predicted"]["p95_s"] <= found["predicted"]["p99_s"]
+    out = scepsy("replay", plan, tmp_path / "later.jsonl", "--recorded", "--rate", "2")[1]
+    assert "1 replays of 20 executions at 2/s" in out
+
+
 def test_more_than_the_plan_carries_is_replayed_without_a_prediction(scepsy, traces, plan):
     found = json.loads(
         scepsy("replay", plan, traces, "--json", "--executions", "100", "--runs", "1", "--rate", "500")[1]
@@ -54,6 +80,8 @@ def test_more_than_the_plan_carries_is_replayed_without_a_prediction(scepsy, tra
         (("--runs", "0"), "0 runs"),
         (("--runs", "11"), "between 1 and 10"),
         (("--seed", "-1"), "--seed -1"),
+        (("--recorded",), "all 20 executions started at the same moment"),
+        (("--recorded", "--runs", "2"), "leave out --runs"),
     ],
 )
 def test_what_cannot_be_replayed_is_told_in_one_line(scepsy, traces, plan, words, told):

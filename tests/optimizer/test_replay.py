@@ -53,6 +53,16 @@ def test_light_load_equals_the_pipeline(runs, profiles):
     assert len(replayed.calls) == sum(len(timeline.calls) for timeline in workload.timelines)
 
 
+def test_light_load_of_unequal_fan_outs_equals_the_pipeline(make_execution, profiles):
+    """Most calls have many siblings, most executions do not: the pipeline counts executions."""
+    runs = [make_execution(f"e{width}", [("a", 0, 2)] * width + [("b", 2, 3)]) for width in (1, 1, 1, 2, 4, 12)]
+    workload = aggregate(runs)
+    plan = predict(workload, profiles, CLUSTER, {"a": choice(1), "b": choice(1)}, rate_rps=1e-6)
+    replayed = replay(plan, profiles, workload.timelines, np.arange(len(runs)) * 1000.0)
+    assert plan.prediction is not None
+    assert plan.prediction.latency_s == pytest.approx(replayed.latencies_s.mean(), rel=0.01)
+
+
 def test_time_outside_the_engine_is_added_to_each_call_and_occupies_nothing(runs, profiles):
     workload = aggregate(runs)
     slower = {llm: replace(profile, request_s=0.25) for llm, profile in profiles.items()}

@@ -1,15 +1,22 @@
 """The closed form against the laws it is made of, and against the step-by-step engine."""
 
 import random
+from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scepsy.profiling import shipped_profiles
+from scepsy_optimizer.allocation import Choice, evaluate_groups
+from scepsy_optimizer.cluster import parse_cluster
 from scepsy_optimizer.engine import Engine
 from scepsy_optimizer.errors import ScepsyError
+from scepsy_optimizer.planner import predict
 from scepsy_optimizer.profile import PROPORTIONAL, StepClock
+from scepsy_optimizer.replay import poisson_arrivals_s, replay
 from scepsy_optimizer.replica import CallShape, check_range, loaded_speeds, max_batch, saturation_rps
 from scepsy_optimizer.workload import aggregate
 
@@ -51,6 +58,40 @@ def test_an_idle_replica_takes_prefill_plus_decode_steps(make_profile):
     clock = StepClock(profile, 1, 1.0)
     expected = clock.prefill_s(1000) + 0.001 + 199 * (clock.decode_s(1, 1100) + 0.001)
     assert call_s(profile, 1e-9) == pytest.approx(expected, rel=1e-3)
+
+
+def test_siblings_prompts_are_computed_in_the_same_step(make_profile):
+    profile = make_profile("m")
+    clock = StepClock(profile, 1, 1.0)
+    four = CallShape(input_tokens=2048, cached_tokens=0, output_tokens=200, overlap=4.0, burst=4.0)
+    # As many calls at once, but short ones beside a long one: what is in the way is not the mean prompt.
+    alone_s = call_s(profile, 1e-9, replace(four, beside_tokens=0.0), overlap=4.0)
+    # Four prompts' attention is that of four short ones.
+    longer_s = clock.prefill_s(8192, 4 * 2048**2) - clock.prefill_s(2048)
+    for siblings in (four, replace(four, beside_tokens=3 * 2048.0)):
+        assert call_s(profile, 1e-9, siblings, overlap=4.0) - alone_s == pytest.approx(longer_s, rel=1e-3)
+
+
+def test_siblings_count_as_the_time_sees_them_that_an_execution_waits(make_profile):
+    profile = make_profile("m")
+    seen_by_calls = replace(SHAPE, overlap=3.0, parallelism=2.0)
+    assert call_s(profile, 1e-9, seen_by_calls, overlap=3.0) == pytest.approx(call_s(profile, 1e-9, overlap=2.0))
+    # Where only four run at once, a fan-out of hundreds fills all of the batch, however it is counted.
+    narrow = make_profile("m", max_num_seqs=4)
+    wide = replace(SHAPE, overlap=300.0, parallelism=100.0)
+    assert call_s(narrow, 1e-9, wide, overlap=300.0) == pytest.approx(call_s(narrow, 1e-9, overlap=4.0))
+
+
+@pytest.mark.parametrize("replicas", [2, 3, 4])
+def test_the_last_of_three_halves_has_its_device_to_itself(make_execution, replicas):
+    profiles = {"m": replace(shipped_profiles("H100")["llama-3.1-8b"], llm="m")}
+    halves = {"m": (Choice(tensor_parallel_size=1, fraction=Fraction(1, 2), replicas=replicas),)}
+    workload = aggregate([make_execution("e", [("m", 0, 1)], tokens=(500, 200))])
+    rate = 0.35 * evaluate_groups(workload.demand("m"), [profiles["m"]], halves["m"], calls_rps=1e-6).max_rps
+    plan = predict(workload, profiles, parse_cluster("2xH100"), halves, rate_rps=rate)
+    arrivals = poisson_arrivals_s(np.random.default_rng(0), rate_rps=rate, executions=500)
+    replayed = replay(plan, profiles, [workload.timelines[0]] * 500, arrivals)
+    assert plan.prediction.latency_s == pytest.approx(replayed.latencies_s[50:].mean(), rel=0.04)
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5])

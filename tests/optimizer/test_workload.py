@@ -3,6 +3,7 @@ import pytest
 
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.executions import Call, Execution, Span
+from scepsy_optimizer.shape import Bursts, bursts_of
 from scepsy_optimizer.workload import aggregate
 
 
@@ -80,3 +81,22 @@ def test_rates_weigh_workflows_however_often_they_were_traced(make_execution):
         aggregate([*often, *seldom], rates_rps={"often": 1.0})
     with pytest.raises(ScepsyError, match="must be a positive number"):
         aggregate([*often, *seldom], rates_rps={"often": 1.0, "seldom": 0.0})
+
+
+def test_bursts_are_calls_that_start_together():
+    spans = [
+        Span(id="a", parent="r", name="m", kind="llm", start_s=0, end_s=10, call=Call(llm="m", input_tokens=300)),
+        Span(
+            id="b",
+            parent="r",
+            name="m",
+            kind="llm",
+            start_s=1,
+            end_s=4,
+            call=Call(llm="m", input_tokens=200, cached_tokens=100),
+        ),
+        # After a tenth of the first one's time: another burst, of one call.
+        Span(id="c", parent="r", name="m", kind="llm", start_s=1.1, end_s=3, call=Call(llm="m", input_tokens=500)),
+    ]
+    assert bursts_of(spans) == Bursts(number=2, squares=5, beside_tokens=200)
+    assert bursts_of([]) == Bursts(number=0, squares=0, beside_tokens=0)

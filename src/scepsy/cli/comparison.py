@@ -8,30 +8,25 @@ from rich.markup import escape
 from rich.table import Table
 
 from scepsy.report.tables import plain_table
+from scepsy_optimizer.percentiles import PredictedLatencies
 from scepsy_optimizer.plan import Plan
-from scepsy_optimizer.planner import plan_choices, predict
-from scepsy_optimizer.profile import Profiles
 from scepsy_optimizer.replications import Estimate, Replications
-from scepsy_optimizer.workload import Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """What replays gave, and the mean latency that is predicted for the same; None where no finite one is."""
+    """What replays gave, and the latencies that are predicted for the same; None where no finite ones are.
+
+    `predicted_s` is the mean of `predicted`.
+    """
 
     replayed: Replications
     predicted_s: float | None
-
-
-def predicted_s(plan: Plan, workload: Workload, profiles: Profiles, rate_rps: float) -> float | None:
-    """The mean latency that the pipeline predicts for the plan's allocation at that rate."""
-    choices = {llm: groups for llm, groups in plan_choices(plan).items() if llm in profiles}
-    prediction = predict(workload, profiles, plan.cluster, choices, rate_rps=rate_rps).prediction
-    return prediction.latency_s if prediction is not None and prediction.latency_s < float("inf") else None
+    predicted: PredictedLatencies | None
 
 
 def latency_table(found: Comparison) -> Table:
-    """Mean and percentiles with their intervals, and the predicted mean."""
+    """Mean and percentiles with their intervals, beside those that are predicted."""
     replayed = found.replayed
     table = plain_table(
         f"{replayed.runs} replays of {replayed.executions:,} executions at {replayed.rate_rps:g}/s",
@@ -40,14 +35,15 @@ def latency_table(found: Comparison) -> Table:
     table.add_column("latency of an execution", no_wrap=True)
     for column in ("seconds", "±", "predicted"):
         table.add_column(column, justify="right", no_wrap=True)
-    predicted = "beyond saturation" if found.predicted_s is None else f"{found.predicted_s:.2f}"
-    for name, estimate, beside in (
-        ("mean", replayed.mean_s, predicted),
-        ("50th percentile", replayed.p50_s, ""),
-        ("95th percentile", replayed.p95_s, ""),
-        ("99th percentile", replayed.p99_s, ""),
+    for name, column in (
+        ("mean", "mean_s"),
+        ("50th percentile", "p50_s"),
+        ("95th percentile", "p95_s"),
+        ("99th percentile", "p99_s"),
     ):
-        table.add_row(name, f"{estimate.value:.2f}", _width(estimate), beside)
+        estimate: Estimate = getattr(replayed, column)
+        predicted = f"{getattr(found.predicted, column):.2f}" if found.predicted else "beyond saturation"
+        table.add_row(name, f"{estimate.value:.2f}", _width(estimate), predicted)
     return table
 
 
