@@ -24,8 +24,8 @@ Floats = NDArray[np.float64]
 UNITS_PER_DEVICE = 10
 """Devices are divided into tenths; every offered fraction is a whole number of them."""
 
-FRACTIONS = (Fraction(1), Fraction(1, 2), Fraction(1, 5), Fraction(1, 10))
-"""Offered fractions: any set of them that adds up to whole devices packs onto those devices without loss."""
+FRACTIONS = tuple(Fraction(tenths, UNITS_PER_DEVICE) for tenths in range(UNITS_PER_DEVICE, 0, -1))
+"""Offered fractions: a whole device, and every number of tenths of one."""
 
 MAX_UTILISATION = 0.85
 """Loads above this part of saturation are not planned for: the closed form does not hold there, and nobody wants it."""
@@ -61,6 +61,13 @@ class Choice:
     def units(self) -> int:
         """Tenths of a device that all replicas take."""
         return int(self.replicas * self.tensor_parallel_size * self.fraction * UNITS_PER_DEVICE)
+
+
+def kind_of(group: Choice) -> ReplicaKind:
+    """What one replica of a group takes."""
+    return ReplicaKind(
+        tensor_parallel_size=group.tensor_parallel_size, fraction=group.fraction, device_type=group.device_type
+    )
 
 
 Groups = tuple[Choice, ...]
@@ -270,11 +277,7 @@ def _kinds_of(
                 f"{demand.llm!r} ({profile.model}) does not fit into {fraction:g} of {group.tensor_parallel_size} "
                 f"{profile.device_type} of {profile.device_memory_gib:g} GiB: give it more memory or tensor parallelism"
             )
-        kinds.append(
-            ReplicaKind(
-                tensor_parallel_size=group.tensor_parallel_size, fraction=group.fraction, device_type=group.device_type
-            )
-        )
+        kinds.append(kind_of(group))
         capacities.append(capacity)
     return kinds, np.array(capacities)
 

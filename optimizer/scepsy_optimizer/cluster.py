@@ -113,13 +113,14 @@ class Cluster:
 
     def largest_domain_of(self, device_type: str) -> int:
         """Devices of the largest fast-link domain of that type."""
-        return max(self._domain_sizes(device_type), default=0)
+        return max(self.domain_sizes_of(device_type), default=0)
 
     def groups_of(self, device_type: str, size: int) -> int:
         """How many groups of `size` devices of that type its fast-link domains hold together."""
-        return sum(devices // size for devices in self._domain_sizes(device_type))
+        return sum(devices // size for devices in self.domain_sizes_of(device_type))
 
-    def _domain_sizes(self, device_type: str) -> list[int]:
+    def domain_sizes_of(self, device_type: str) -> list[int]:
+        """Devices of each fast-link domain of that type."""
         return [len(domain) for node in self.nodes if node.device_type == device_type for domain in node.nvlink_domains]
 
 

@@ -8,7 +8,8 @@ tangents is found by branch and bound (`branching.py`), until the bound and the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +22,9 @@ from scepsy_optimizer.allocation import (
     Ints,
     Option,
     OptionTable,
+    ReplicaKind,
     evaluate_groups,
+    kind_of,
     table_of,
 )
 from scepsy_optimizer.branching import minimise
@@ -40,6 +43,7 @@ from scepsy_optimizer.requirements import (
     max_units_of,
     objective_weights,
 )
+from scepsy_optimizer.room import Room, room_of, undominated
 from scepsy_optimizer.workload import LLMDemand, Workload
 
 _GAP_GOAL = 1e-4
@@ -123,12 +127,20 @@ def choose(
     """
     groups = _group(workload, requirements)
     offered = [tables[llm] for llm in makespans.llms]
-    units, budgets = _budgets([_units_by_type(table, cluster) for table in offered], cluster, max_units)
-    shapes, rooms = _domain_budgets(offered, cluster)
+    room = room_of(cluster, (kind for table in offered for kind in table.kinds), max_units)
+
+    def is_possible(rows: tuple[int, ...]) -> bool:
+        replicas: Counter[ReplicaKind] = Counter()
+        for table, row in zip(offered, rows, strict=True):
+            replicas.update(dict(zip(table.kinds, table.counts[row].tolist(), strict=True)))
+        return room.holds(replicas)
+
     problem = Problem(
         speeds=[table.speeds for table in offered],
-        units=[np.column_stack([taken, shape]) for taken, shape in zip(units, shapes, strict=True)],
-        budgets=np.concatenate([budgets, rooms]),
+        units=[room.taken(table.kinds, table.counts) for table in offered],
+        budgets=room.budgets,
+        areas=len(cluster.device_types),
+        accepts=is_possible,
         group_weights=groups.weights,
         limited=groups.limited,
         limits_s=groups.limits_s,
@@ -231,6 +243,7 @@ def list_tables(
             calls_rps=calls_rps,
             max_units=int(fewest[demand.llm] + spare),
             max_utilisation=max_utilisation,
+            min_replicas=required.min_replicas,
         )
         tables[demand.llm] = table.select(admitted_rows(required, cluster, replicas=table.replicas, units=table.units))
         if len(tables[demand.llm]) == 0:
@@ -249,36 +262,82 @@ def highest_rate(
 ) -> tuple[float, str]:
     """The highest rate of executions that some allocation carries, and the LLM that is the bottleneck there.
 
-    Exact to one part in a million: each LLM is given the fewest units that carry the rate. Raises ScepsyError where
-    the LLMs do not even fit at the lowest rate.
+    Exact to one part in a million, where packing is what its linear rows say. Raises ScepsyError where the LLMs do not
+    even fit at the lowest rate.
     """
     _check(workload, profiles, 1.0)
-    if len(cluster.device_types) > 1:
-        return _highest_rate_over_types(workload, profiles, cluster, max_units, max_utilisation, requirements)
-    units = budget_units(cluster, max_units)
     offers = _offers(workload, profiles, cluster, requirements)
-    needs = _unit_needs(workload, offers, cluster, max_utilisation, requirements)
+    units = budget_units(cluster, max_units)
     visits = {demand.llm: demand.visits for demand in workload.demands}
+    kinds = [kind for offer in offers.values() for kind in offer.kinds]
+    kinds += [kind_of(group) for required in requirements.llms.values() for group in required.fixed]
+    room = room_of(cluster, kinds, max_units)
+    needs: dict[str, Callable[[float], float]] = {}
+    if len(cluster.device_types) == 1:
+        # Devices counted alone, without what packs: much quicker, and nearly always that is all.
+        needs = _unit_needs(workload, offers, cluster, max_utilisation, requirements)
+        _require_room(needs, units, cluster)
 
-    def need(rate_rps: float) -> float:
-        return sum(needs[llm](rate_rps * visits[llm]) for llm in needs)
+    def fits(rates_rps: Mapping[str, float]) -> bool:
+        fewest = {llm: need(rates_rps[llm] * visits[llm]) for llm, need in needs.items()}
+        if sum(fewest.values()) > units:
+            return False
+        taken = []
+        for demand in workload.demands:
+            most = max_units_of(requirements.of_llm(demand.llm), cluster)
+            if needs:
+                # What takes a device more than it must is never what makes room.
+                most = min(most, int(fewest[demand.llm]) + UNITS_PER_DEVICE)
+            offer, required = offers[demand.llm], requirements.of_llm(demand.llm)
+            needed_rps = rates_rps[demand.llm] * demand.visits / max_utilisation
+            taken.append(_least_taken(demand, offer, room, needed_rps, most, required))
+        return all(len(rows) for rows in taken) and can_pack(taken, room.budgets)
 
-    if need(0.0) > units:
-        floors = {llm: needs[llm](0.0) / UNITS_PER_DEVICE for llm in needs}
-        if homeless := [llm for llm, least in floors.items() if least == float("inf")]:
-            raise ScepsyError(
-                f"{', '.join(homeless)} does not fit at any profiled tensor parallelism up to "
-                f"{cluster.largest_domain}: use devices with more memory or a smaller model"
-            )
-        floor = ", ".join(f"{llm} {least:g}" for llm, least in floors.items())
+    def at(rate_rps: float) -> dict[str, float]:
+        return dict.fromkeys(visits, rate_rps)
+
+    if needs:
+        low, high = _limit_of(lambda rate_rps: sum(needs[llm](rate_rps * visits[llm]) for llm in needs) <= units)
+        if fits(at(low)):
+            # Past the limit, the LLM that asks for more units than at it is the one in the way.
+            steps = {llm: needs[llm](high * 1.000001 * visits[llm]) - needs[llm](low * visits[llm]) for llm in needs}
+            return low, max(steps, key=lambda llm: steps[llm])
+    if not fits(at(0.0)):
         raise ScepsyError(
-            f"the LLMs do not fit into {units / UNITS_PER_DEVICE:g} devices even without load; least devices: {floor}. "
-            "Use a larger cluster or smaller models"
+            f"the LLMs do not fit into {units / UNITS_PER_DEVICE:g} {cluster.device_type} even without load: use a "
+            "larger cluster or smaller models"
         )
-    low, high = _limit_of(lambda rate_rps: need(rate_rps) <= units)
-    # Past the limit, the LLM that asks for more units than at it is the one in the way.
-    steps = {llm: needs[llm](high * 1.000001 * visits[llm]) - needs[llm](low * visits[llm]) for llm in needs}
-    return low, max(steps, key=lambda llm: steps[llm])
+    low, high = _limit_of(lambda rate_rps: fits(at(rate_rps)))
+    in_the_way = [llm for llm in visits if not fits(at(low) | {llm: high})]
+    return low, (in_the_way or list(visits))[0]
+
+
+def _require_room(needs: Mapping[str, Callable[[float], float]], units: int, cluster: Cluster) -> None:
+    """Raise ScepsyError where the LLMs take more tenths of a device than there are, even without load."""
+    floors = {llm: need(0.0) / UNITS_PER_DEVICE for llm, need in needs.items()}
+    if sum(floors.values()) * UNITS_PER_DEVICE <= units:
+        return
+    if homeless := [llm for llm, least in floors.items() if least == float("inf")]:
+        raise ScepsyError(
+            f"{', '.join(homeless)} does not fit at any profiled tensor parallelism up to "
+            f"{cluster.largest_domain}: use devices with more memory or a smaller model"
+        )
+    floor = ", ".join(f"{llm} {least:g}" for llm, least in floors.items())
+    raise ScepsyError(
+        f"the LLMs do not fit into {units / UNITS_PER_DEVICE:g} devices even without load; least devices: {floor}. "
+        "Use a larger cluster or smaller models"
+    )
+
+
+def _least_taken(
+    demand: LLMDemand, offer: Offer, room: Room, needed_rps: float, max_units: int, required: LLMRequirements
+) -> Ints:
+    """What those options of an LLM take that carry a rate of calls, but for those that take more than another."""
+    if required.fixed:
+        table = table_of(demand, offer.profiles, required.fixed, calls_rps=1e-9, max_utilisation=1.0)
+        return room.taken(table.kinds, table.counts)[table.max_rps >= needed_rps * (1 - 1e-9)]
+    counts = list_counts(offer, needed_rps=needed_rps, max_units=max_units, min_replicas=required.min_replicas)
+    return undominated(np.unique(room.taken(offer.kinds, counts), axis=0))
 
 
 def _limit_of(is_reached: Callable[[float], bool]) -> tuple[float, float]:
@@ -295,97 +354,6 @@ def _limit_of(is_reached: Callable[[float], bool]) -> tuple[float, float]:
         if high - low <= 1e-6 * high:
             break
     return low, high
-
-
-def _highest_rate_over_types(
-    workload: Workload,
-    profiles: Profiles,
-    cluster: Cluster,
-    max_units: int | None,
-    max_utilisation: float,
-    requirements: Requirements,
-) -> tuple[float, str]:
-    """`highest_rate` where devices of one type do not stand for those of another."""
-    visits = {demand.llm: demand.visits for demand in workload.demands}
-    whole = budget_units(cluster, max_units)
-    offers = _offers(workload, profiles, cluster, requirements)
-
-    def is_reached(rates_rps: Mapping[str, float]) -> bool:
-        taken = []
-        for demand in workload.demands:
-            required = requirements.of_llm(demand.llm)
-            offer = offers[demand.llm]
-            needed_rps = rates_rps[demand.llm] * demand.visits / max_utilisation
-            if required.fixed:
-                table = table_of(demand, offer.profiles, required.fixed, calls_rps=1e-9, max_utilisation=1.0)
-                if table.max_rps[0] < needed_rps * (1 - 1e-9):
-                    return False
-                taken.append(_units_by_type(table, cluster))
-                continue
-            counts = list_counts(offer, needed_rps=needed_rps, max_units=min(whole, max_units_of(required, cluster)))
-            units = offer.units_by_type(counts)
-            admitted = admitted_rows(required, cluster, replicas=counts.sum(axis=1), units=units.sum(axis=1))
-            if not admitted.any():
-                return False
-            taken.append(np.unique(units[admitted], axis=0))
-        taken, budgets = _budgets(taken, cluster, max_units)
-        return can_pack(taken, budgets)
-
-    def at(rate_rps: float) -> dict[str, float]:
-        return dict.fromkeys(visits, rate_rps)
-
-    if not is_reached(at(0.0)):
-        raise ScepsyError(
-            f"the LLMs do not fit into {whole / UNITS_PER_DEVICE:g} {cluster.device_type} even without load: use a "
-            "larger cluster or smaller models"
-        )
-    low, high = _limit_of(lambda rate_rps: is_reached(at(rate_rps)))
-    in_the_way = [llm for llm in visits if not is_reached(at(low) | {llm: high})]
-    return low, (in_the_way or list(visits))[0]
-
-
-def _units_by_type(table: OptionTable, cluster: Cluster) -> Ints:
-    """Tenths of a device that each option takes, a column per device type."""
-    types = cluster.device_types if len(cluster.device_types) > 1 else ("",)
-    return np.column_stack([table.units_of(name) for name in types])
-
-
-def _budgets(units: list[Ints], cluster: Cluster, max_units: int | None) -> tuple[list[Ints], Ints]:
-    """What options take of each budget, and the budgets: one per device type, and one for all where that is less."""
-    limits = [cluster.devices_of(name) * UNITS_PER_DEVICE for name in cluster.device_types]
-    whole = budget_units(cluster, max_units)
-    if len(limits) == 1:
-        limits = [whole]
-    elif whole < sum(limits):
-        units = [np.column_stack([columns, columns.sum(axis=1)]) for columns in units]
-        limits.append(whole)
-    return units, np.array(limits)
-
-
-def _domain_budgets(tables: Sequence[OptionTable], cluster: Cluster) -> tuple[list[Ints], Ints]:
-    """What options take of fast-link domains that groups do not fill, and what there is, a column per type and size.
-
-    Groups of `size` devices and larger ones, counted by how many of that size they could be, may be as many as the
-    domains hold. Where every size divides the next larger one, whatever keeps to that for each size can be placed.
-    """
-    kinds = {(kind.device_type or cluster.device_type, kind.tensor_parallel_size) for t in tables for kind in t.kinds}
-    binding = [
-        (device_type, size)
-        for device_type, size in sorted(kinds)
-        if 0 < cluster.groups_of(device_type, size) * size < cluster.devices_of(device_type)
-    ]
-    taken = []
-    for table in tables:
-        each = [
-            [
-                kind.tensor_parallel_size // size if (kind.device_type or cluster.device_type) == device_type else 0
-                for device_type, size in binding
-            ]
-            for kind in table.kinds
-        ]
-        columns: Ints = table.counts @ np.array(each, dtype=int).reshape(len(table.kinds), len(binding))
-        taken.append(columns)
-    return taken, np.array([cluster.groups_of(*one) for one in binding], dtype=int)
 
 
 def _offers(workload: Workload, profiles: Profiles, cluster: Cluster, requirements: Requirements) -> dict[str, Offer]:

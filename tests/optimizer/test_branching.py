@@ -36,6 +36,8 @@ def made_up(seed, *, budgets, limits):
         limited=limited,
         limits_s=rng.uniform(1, 12 * llms, limits),
         scale_s=10.0,
+        areas=1,
+        accepts=lambda rows: True,
     )
     return problem, planes
 
