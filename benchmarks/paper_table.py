@@ -27,7 +27,7 @@ from scepsy.profiling import shipped_profiles
 from scepsy_optimizer.baselines import Choices, autoscaled, paper_enumeration, split_by_weight
 from scepsy_optimizer.cluster import Cluster, parse_cluster
 from scepsy_optimizer.errors import ScepsyError
-from scepsy_optimizer.planner import hand_made_plan, optimize, plan_choices
+from scepsy_optimizer.planner import optimize, plan_choices, predict
 from scepsy_optimizer.profile import LLMProfile
 from scepsy_optimizer.replay import Replay, poisson_arrivals_s, replay
 from scepsy_optimizer.search import highest_rate
@@ -47,6 +47,7 @@ SEEDS = (1, 2, 3)
 TRACED = 200
 LEAST_EXECUTIONS = 400
 OFFERED_FOR_S = 300.0
+NEARLY_NO_RATE_RPS = 1e-6
 MOST_CALLS = 40_000
 """A run lasts for five minutes or this many calls, whichever is less."""
 
@@ -168,9 +169,9 @@ def by_time_sharing(setting: Setting, _rate_rps: float) -> System:
 
 
 def allocated(setting: Setting, choices: Choices) -> System:
-    """A system of engines as allocated."""
-    _, profiles, cluster = given(setting)
-    plan = hand_made_plan(choices, profiles, cluster)
+    """A system of engines as allocated; the endpoint knows what each replica carries, whoever made the allocation."""
+    workload, profiles, cluster = given(setting)
+    plan = predict(workload, profiles, cluster, choices, rate_rps=NEARLY_NO_RATE_RPS)
     return System(
         allocation=describe(choices),
         run=lambda timelines, arrivals_s: replay(plan, profiles, timelines, arrivals_s),

@@ -18,6 +18,7 @@ import numpy as np
 
 from scepsy_optimizer.knapsack import Packing, solve
 from scepsy_optimizer.master import Floats, Ints, Master, Priced, Problem, Relaxed
+from scepsy_optimizer.neighbours import best_exchange
 
 _RELAXED_GAP = 1e-5
 _MAX_CUTS = 150
@@ -27,6 +28,12 @@ _POINT_CUTS_EVERY = 3
 
 _WHOLE = 1e-6
 _GUESSES = 2
+
+_EXCHANGED = 1e-3
+"""How far above the least cost options are exchanged, in parts of the bound."""
+_MAX_EXCHANGES = 150
+_MAX_IDLE = 12
+"""Exchanges one after another that only gave new cuts, after which no more are tried."""
 
 _WINDOW = 1e-3
 _WINDOW_GROWTH = 4.0
@@ -162,22 +169,44 @@ class _Search:
             query_s = float(problem.group_weights @ self._cut(query)[0])
             if query_s < centre_s:
                 centre, centre_s = query, query_s
-        self.meet(self._rounded(solved))
-        self._meet_by_knapsack()
+        self._exchange(self._rounded(solved))
         return True
 
-    def _meet_by_knapsack(self) -> None:
-        """Meet the best choice for the tangents as the relaxation blends them, the other budgets at their prices."""
-        priced, areas = self._priced, self._problem.areas
+    def _exchange(self, rows: tuple[int, ...]) -> None:
+        """Meet a choice and better ones, by exchanges in one or two LLMs as long as the cuts promise something."""
+        problem, priced = self._problem, self._priced
         assert priced is not None  # noqa: S101 - the relaxation has been solved
-        packing = self._by_knapsack(
-            [
-                cost + units[:, areas:] @ priced.prices_s[areas:]
-                for cost, units in zip(priced.costs_s, self._problem.units, strict=True)
-            ]
-        )
-        if packing is not None:
-            self.meet(packing.rows)
+        window_s = _EXCHANGED * abs(priced.bound_s)
+        near = [
+            np.union1d(row, np.flatnonzero(totals - totals.min() <= window_s))
+            for row, totals in zip(rows, priced.totals_s, strict=True)
+        ]
+        self.meet(rows)
+        now_s = self._met.get(rows, float("inf"))
+        idle = 0
+        for _ in range(_MAX_EXCHANGES):
+            speeds = self._speeds_of(rows)
+
+            def rate(exchanged: tuple[Ints, Ints], speeds: Floats = speeds) -> Floats:
+                llms, options = exchanged
+                others = np.zeros((*llms.shape, 3))
+                for llm, table in enumerate(problem.speeds):
+                    others[llms == llm] = table[options[llms == llm]]
+                return self._master.exchanged_s(speeds, llms, others)
+
+            found = best_exchange(problem, priced.costs_s, rows, near, rate)
+            if found is None or found[0] >= now_s * (1 - _RELAXED_GAP):
+                break
+            # The cuts may promise too much; those of this choice then tell, and another exchange is tried.
+            if found[1] in self._seen:
+                break
+            self.meet(found[1])
+            value_s = self._met.get(found[1], float("inf"))
+            idle += 1
+            if value_s < now_s:
+                now_s, rows, idle = value_s, found[1], 0
+            if not self.has_gap or idle > _MAX_IDLE:
+                break
 
     def branch(self) -> None:
         """Close what is left between the bound and the best choice.

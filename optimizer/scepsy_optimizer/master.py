@@ -186,6 +186,23 @@ class Master:
             np.maximum.at(floors_s, np.array(self._cut_group), values)
         return floors_s
 
+    def exchanged_s(self, speeds: Floats, llms: Ints, others: Floats) -> Floats:
+        """What the cuts so far say of the objective where two LLMs have other speeds, a row per such exchange.
+
+        `llms` has a column for each of the two, `others` the speeds of each on its second axis.
+        """
+        order = np.argsort(self._cut_group, kind="stable")
+        groups = np.array(self._cut_group)[order]
+        cuts = np.array(self._cuts)[order]
+        values = np.array(self._cut_fixed_s)[order] + np.tensordot(cuts, speeds, 2)
+        changes = others - speeds[llms]
+        totals = np.broadcast_to(values[:, None], (len(cuts), len(llms))).copy()
+        for column in range(llms.shape[1]):
+            totals += np.einsum("cek,ek->ce", cuts[:, llms[:, column]], changes[:, column])
+        firsts = np.flatnonzero(np.append(True, np.diff(groups) > 0))
+        found: Floats = self._problem.group_weights[groups[firsts]] @ np.maximum.reduceat(totals, firsts, axis=0)
+        return found
+
     def allow(self, allowed: NDArray[np.bool_]) -> None:
         """Which of the held options may be taken."""
         columns = (self._first_option + np.arange(len(self.rows))).astype(np.int32)

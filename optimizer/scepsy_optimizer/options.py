@@ -6,7 +6,8 @@ Latency and capacity fall and rise with what an LLM gets in steps, and mixes mak
   up to a few devices together: beyond, whole devices carry as much and are faster;
 * two neighbouring tensor parallelisms in any proportion, on a grid of counts that is dense where they are small;
 * a number of replicas that about carries the load, and beside them a rest that is smaller than one more: whole devices
-  in the largest pieces and one fraction of any tenths, or two fractions;
+  in the largest pieces and one fraction of any tenths, or two fractions. Beside many devices, where a tenth matters
+  little, only rests of halves, fifths and tenths, which always pack;
 * with several device types, replicas of one kind on each of two types, on a grid as well.
 
 Mixtures of more kinds lie between these in speed and size, since a mix is as fast as its kinds are on average.
@@ -45,8 +46,14 @@ _TYPE_GRID = 8
 _FRACTION_UNITS = 3 * UNITS_PER_DEVICE
 """Tenths of a device up to which an LLM may get nothing but fractions of one size."""
 
-_ACROSS_UNITS = frozenset({1, 2, 5})
-"""The fractions, in tenths, that are mixed with replicas on another device type."""
+_FEW_UNITS = 8 * UNITS_PER_DEVICE
+"""Tenths of a device that carry the load, up to which rests of any fractions are offered."""
+
+_TENTHS_BESIDE_UNITS = 2 * UNITS_PER_DEVICE
+"""Groups up to this size have such rests in tenths of a device, larger ones in whole devices."""
+
+_DIVISIBLE_UNITS = (5, 2, 1)
+"""Fractions, in tenths, of which any that add up to whole devices pack: mixed with much, and over device types."""
 
 _FEW = 4
 """Replicas beside those that carry the load, up to which the rest of one more is offered in smaller ones."""
@@ -185,7 +192,7 @@ def _whole_by_size(offer: Offer, columns: Ints) -> list[int]:
 
 def _across(offer: Offer, firsts: Ints, seconds: Ints, max_units: int) -> list[Ints]:
     def mixed(columns: Ints) -> list[int]:
-        kept = [offer.kinds[one].fraction == 1 or int(offer.units[one]) in _ACROSS_UNITS for one in columns]
+        kept = [offer.kinds[one].fraction == 1 or int(offer.units[one]) in _DIVISIBLE_UNITS for one in columns]
         return [int(one) for one in columns[np.array(kept, dtype=bool)]]
 
     return [
@@ -224,29 +231,36 @@ def _with_rests(offer: Offer, column: int, columns: Ints, needed_rps: float, uni
     """A few counts of one kind, each with every rest."""
     fewest = _fewest(offer, column, needed_rps)
     bases = np.arange(max(0, fewest - 1), min(fewest + _FEW, units // int(offer.units[column])) + 1)
-    rests = _rests(offer, column, columns)
+    rests = _rests(offer, column, columns, is_fine=fewest * int(offer.units[column]) <= _FEW_UNITS)
     counts = np.tile(rests, (len(bases), 1))
     counts[:, column] += np.repeat(bases, len(rests))
     return counts
 
 
-def _rests(offer: Offer, column: int, columns: Ints) -> Ints:
+def _rests(offer: Offer, column: int, columns: Ints, *, is_fine: bool) -> Ints:
     """What may stand beside replicas of one kind of whole devices: fewer devices than one of these, in smaller ones."""
     size = int(offer.units[column])
     whole = [one for one in _whole_by_size(offer, columns) if offer.units[one] < size][::-1]
     parts = [int(one) for one in columns if offer.kinds[one].fraction < 1]
-    wholes = []
-    for devices in range(size // UNITS_PER_DEVICE):
-        row, left = np.zeros(len(offer.kinds), dtype=int), devices * UNITS_PER_DEVICE
-        for one in whole:
-            row[one], left = divmod(left, int(offer.units[one]))
-        if left == 0:
-            wholes.append(row)
-    ones = np.eye(len(offer.kinds), dtype=int)
-    rows = [row + piece for row in wholes for piece in (0 * row, *(ones[part] for part in parts))]
-    rows += [ones[one] + ones[other] for one, other in combinations_with_replacement(parts, 2)]
+    if is_fine:
+        wholes = [row for units in range(0, size, UNITS_PER_DEVICE) for row in _largest_first(offer, whole, units)]
+        ones = np.eye(len(offer.kinds), dtype=int)
+        rows = [row + piece for row in wholes for piece in (0 * row, *(ones[part] for part in parts))]
+        rows += [ones[one] + ones[other] for one, other in combinations_with_replacement(parts, 2)]
+    else:
+        step = 1 if size <= _TENTHS_BESIDE_UNITS else UNITS_PER_DEVICE
+        pieces = [*whole, *(one for units in _DIVISIBLE_UNITS for one in parts if offer.units[one] == units)]
+        rows = [row for units in range(step, size, step) for row in _largest_first(offer, pieces, units)]
     rests: Ints = np.array([row for row in rows if row.any()], dtype=int).reshape(-1, len(offer.kinds))
     return rests
+
+
+def _largest_first(offer: Offer, pieces: Sequence[int], units: int) -> list[Ints]:
+    """The counts of the kinds `pieces`, largest first, that make up so many tenths; empty where they do not."""
+    row, left = np.zeros(len(offer.kinds), dtype=int), units
+    for one in pieces:
+        row[one], left = divmod(left, int(offer.units[one]))
+    return [row] if left == 0 else []
 
 
 def capacity_by_units(offer: Offer, *, max_units: int, min_replicas: int = 1) -> Floats:
@@ -267,13 +281,14 @@ def capacity_by_units(offer: Offer, *, max_units: int, min_replicas: int = 1) ->
         count(replicas * size, replicas, replicas * each)
         if offer.kinds[column].fraction == 1:
             # The rule offers a rest beside any number that about carries the load: here, beside every number.
-            rests = _rests(offer, column, columns)
-            bases = np.arange(max_units // size + 1)[:, None]
-            count(
-                (bases * size + rests @ offer.units).ravel(),
-                (bases + rests.sum(axis=1)).ravel(),
-                (bases * each + rests @ offer.capacities).ravel(),
-            )
+            few = min(_FEW_UNITS // size, max_units // size + 1)
+            for is_fine, bases in ((True, np.arange(few)), (False, np.arange(few, max_units // size + 1))):
+                rests, base = _rests(offer, column, columns, is_fine=is_fine), bases[:, None]
+                count(
+                    (base * size + rests @ offer.units).ravel(),
+                    (base + rests.sum(axis=1)).ravel(),
+                    (base * each + rests @ offer.capacities).ravel(),
+                )
     for first, second in pairwise(_whole_by_size(offer, columns)):
         counts = _pairs(offer, first, second, max_units, max_units, _GRID)
         count(counts @ offer.units, counts.sum(axis=1), counts @ offer.capacities)

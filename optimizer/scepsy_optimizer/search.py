@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,10 +29,11 @@ from scepsy_optimizer.allocation import (
     table_of,
 )
 from scepsy_optimizer.branching import minimise
-from scepsy_optimizer.cluster import Cluster
+from scepsy_optimizer.cluster import Cluster, parts_of
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.makespans import Makespans
 from scepsy_optimizer.master import Problem, can_pack
+from scepsy_optimizer.neighbours import neighbours
 from scepsy_optimizer.options import Offer, capacity_by_units, list_counts, list_options, make_offer
 from scepsy_optimizer.profile import LLMProfile, Profiles, profiles_of
 from scepsy_optimizer.requirements import (
@@ -46,9 +48,12 @@ from scepsy_optimizer.requirements import (
 from scepsy_optimizer.room import Room, room_of, undominated
 from scepsy_optimizer.workload import LLMDemand, Workload
 
+T = TypeVar("T")
+
 _GAP_GOAL = 1e-4
 _MAX_GROUPS = 10
-_KEPT_CANDIDATES = 10
+_NEAR = 0.05
+"""How much slower than the best a candidate may be, as a part of its latency."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +66,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Allocation:
-    """The best candidates that the search met, best first, and a proven lower bound on the latency of any allocation.
+    """The best candidate, others near it that differ in replicas, and a proven lower bound on any allocation's latency.
 
     The bound is for what is minimised: the mean latency, workflows weighted as required.
     """
@@ -89,12 +94,14 @@ def find_allocation(
     max_units: int | None = None,
     max_utilisation: float = MAX_UTILISATION,
     requirements: Requirements = NO_REQUIREMENTS,
+    most: int = 1,
 ) -> Allocation | None:
-    """The allocation of least mean latency at `rate_rps` executions per second on the cluster.
+    """The allocation of least mean latency at `rate_rps` executions per second on the cluster, and others near it.
 
     The requirements weigh the workflows in that mean, limit the mean latency of each, and what each LLM may get. With
-    `max_units` it takes at most that many tenths of a device, of all device types together. Returns None where
-    no allocation carries the rate within the requirements. Raises ScepsyError for a rate that is not positive or an
+    `max_units` it takes at most that many tenths of a device, of all device types together. There are up to `most`
+    candidates, within five per cent of the best one. Returns None where no allocation carries the rate within the
+    requirements. Raises ScepsyError for a rate that is not positive or an
     LLM without a profile.
     """
     _check(workload, profiles, rate_rps)
@@ -109,7 +116,9 @@ def find_allocation(
     )
     if tables is None:
         return None
-    return choose(workload, Makespans(workload), cluster, tables, max_units=max_units, requirements=requirements)
+    return choose(
+        workload, Makespans(workload), cluster, tables, max_units=max_units, requirements=requirements, most=most
+    )
 
 
 def choose(
@@ -120,6 +129,7 @@ def choose(
     *,
     max_units: int | None = None,
     requirements: Requirements = NO_REQUIREMENTS,
+    most: int = 1,
 ) -> Allocation | None:
     """The best option of each LLM from tables that are there already, such as those of a larger budget.
 
@@ -155,14 +165,26 @@ def choose(
     found = minimise(problem, retime, gap=_GAP_GOAL)
     if not found.choices:
         return None
+    choices = [found.choices[0]]
+    if most > 1:
+        labels = [_replicas_alike(table) for table in offered]
+        choices += neighbours(problem, retime, choices[0][1], labels, within=_NEAR, most=most - 1)
     candidates = tuple(
         Candidate(
             options={llm: table.option(row) for llm, table, row in zip(makespans.llms, offered, rows, strict=True)},
             latency_s=latency_s,
         )
-        for latency_s, rows in found.choices[:_KEPT_CANDIDATES]
+        for latency_s, rows in choices
     )
     return Allocation(candidates=candidates, lower_bound_s=found.lower_bound_s)
+
+
+def _replicas_alike(table: OptionTable) -> Ints:
+    """The same number for options of as many groups of each size and as many fractions, whatever these are."""
+    whole = np.array([kind.fraction == 1 for kind in table.kinds])
+    shapes = np.column_stack([table.counts[:, whole], table.counts[:, ~whole].sum(axis=1)])
+    labels: Ints = np.unique(shapes, axis=0, return_inverse=True)[1].ravel()
+    return labels
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -266,6 +288,15 @@ def highest_rate(
     even fit at the lowest rate.
     """
     _check(workload, profiles, 1.0)
+    if requirements.max_nodes is not None and requirements.max_nodes < len(cluster.nodes):
+        free = replace(requirements, max_nodes=None)
+
+        def highest(part: Cluster) -> tuple[float, str]:
+            return highest_rate(
+                workload, profiles, part, max_units=max_units, max_utilisation=max_utilisation, requirements=free
+            )
+
+        return max(over_parts(cluster, requirements.max_nodes, highest))
     offers = _offers(workload, profiles, cluster, requirements)
     units = budget_units(cluster, max_units)
     visits = {demand.llm: demand.visits for demand in workload.demands}
@@ -310,6 +341,19 @@ def highest_rate(
     low, high = _limit_of(lambda rate_rps: fits(at(rate_rps)))
     in_the_way = [llm for llm in visits if not fits(at(low) | {llm: high})]
     return low, (in_the_way or list(visits))[0]
+
+
+def over_parts(cluster: Cluster, nodes: int, ask: Callable[[Cluster], T]) -> list[T]:
+    """What `ask` answers about each part of so many nodes; raises its ScepsyError where it has no answer about any."""
+    answers, refused = [], None
+    for part in parts_of(cluster, nodes):
+        try:
+            answers.append(ask(part))
+        except ScepsyError as error:
+            refused = refused or error
+    if refused is not None and not answers:
+        raise refused
+    return answers
 
 
 def _require_room(needs: Mapping[str, Callable[[float], float]], units: int, cluster: Cluster) -> None:
