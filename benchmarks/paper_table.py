@@ -43,11 +43,11 @@ MIXES = {
 }
 LOADS = (0.05, 0.3, 0.6, 0.8, 1.0, 1.2)
 """Offered rates as a part of the highest rate that our plan is made for."""
+NEARLY_NO_RATE_RPS = 1e-6
 SEEDS = (1, 2, 3)
 TRACED = 200
 LEAST_EXECUTIONS = 400
 OFFERED_FOR_S = 300.0
-NEARLY_NO_RATE_RPS = 1e-6
 MOST_CALLS = 40_000
 """A run lasts for five minutes or this many calls, whichever is less."""
 

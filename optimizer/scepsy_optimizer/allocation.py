@@ -6,7 +6,7 @@ replica carries and how soon it is done.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -336,25 +336,3 @@ def _kind_speeds(
     size, fraction = kind.tensor_parallel_size, float(kind.fraction)
     loaded = loaded_speeds(profile, size, fraction, shape, rates, overlaps, replicas=1 / part)
     return np.column_stack([loaded.fixed_s, loaded.input_s, loaded.output_s]), loaded.utilisation
-
-
-def even_split(
-    llms: Sequence[str], profiles: Mapping[str, LLMProfile], *, devices: int, max_tensor_parallel_size: int
-) -> dict[str, Groups]:
-    """The allocation that people make by hand: as many whole devices for each LLM, the first ones get what is left.
-
-    Each LLM runs at the smallest tensor parallelism that holds it, with as many replicas as its devices allow. Raises
-    ScepsyError where an LLM gets no device or does not fit into its part.
-    """
-    if devices < len(llms):
-        raise ScepsyError(f"an even split needs a device for each of {len(llms)} LLMs, the cluster has {devices}")
-    choices: dict[str, Groups] = {}
-    for index, llm in enumerate(llms):
-        part = devices // len(llms) + (index < devices % len(llms))
-        kinds = replica_kinds(profiles[llm], max_tensor_parallel_size=max_tensor_parallel_size, fractions=FRACTIONS[:1])
-        sizes = [kind.tensor_parallel_size for kind in kinds if kind.tensor_parallel_size <= part]
-        if not sizes:
-            raise ScepsyError(f"{llm!r} does not fit into its even part of {part} devices")
-        size = min(sizes)
-        choices[llm] = (Choice(tensor_parallel_size=size, fraction=Fraction(1), replicas=part // size),)
-    return choices

@@ -261,7 +261,8 @@ class _Search:
             if rows not in self._seen and (split is None or self._promises(rows)):
                 self.meet(rows)
             elif split is None and not self._problem.accepts(rows):
-                return solved.value, self._without(node, rows, ranks)
+                parts = self._without(node, rows, ranks)
+                return solved.value if parts else float("inf"), parts
             elif split is None and self._cut(self._speeds_of(rows))[1] == 0:
                 # A whole choice whose own tangents are there: the value is what it gives.
                 return solved.value, []
