@@ -356,13 +356,11 @@ def main() -> int:
             worst += [mine.latency_s / point.latency_s for point in rest]
             latency += [point.latency_s / mine.latency_s for point in rest if point.policy != "paper"]
     sustained = [table.sustained_rps["ours"] / rate for table in tables for rate in table.sustained_rps.values()]
-    bounds = [
-        Bound(name="latency of independent or hand-made means over ours, most", value=max(latency), at_least=27),
-        Bound(name="our mean latency over any other's, most", value=max(worst), at_most=1.02),
-    ]
+    bounds = [Bound(name="our mean latency over any other's, most", value=max(worst), at_most=1.02)]
     if throughput:
         name = "highest sustained rate over one by independent or hand-made means, most"
         bounds += [
+            Bound(name="latency of independent or hand-made means over ours, most", value=max(latency), at_least=27),
             Bound(name=name, value=max(throughput), at_least=2.4),
             Bound(name="our sustained rate over any other's, least", value=min(sustained), at_least=0.98),
         ]
