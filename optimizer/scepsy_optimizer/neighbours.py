@@ -30,10 +30,10 @@ def neighbours(
     within: float,
     most: int,
 ) -> list[tuple[float, tuple[int, ...]]]:
-    """Up to `most` choices that differ in labels, from the best one and each other: objective and rows, best first.
+    """Up to `most` choices that differ in labels, the given best one among them: objective and rows, best first.
 
-    Each keeps all budgets and limits and is at most `within` (a part) above the best one, of which up to two LLMs take
-    another option. The tangent at the best bounds the others from below, which is the order in which they are tried.
+    The others keep all budgets and limits and are at most `within` (a part) above it; up to two LLMs take another
+    option. The tangent at the best bounds them from below, which is the order in which they are tried.
     """
     makespans_s, _, coefficients = retime(_speeds_of(problem, best))
     blended = np.tensordot(problem.group_weights, coefficients, 1)
@@ -56,7 +56,7 @@ def neighbours(
         label = _label(labels, choice)
         if label in found:
             continue
-        if len(found) > most or tries >= _TRIES_EACH * most:
+        if len(found) >= most or tries >= _TRIES_EACH * most:
             break
         tries += 1
         makespans_s, _, _ = retime(_speeds_of(problem, choice))
@@ -64,7 +64,7 @@ def neighbours(
         keeps = (problem.limited @ makespans_s <= problem.limits_s * (1 + 1e-9)).all()
         if keeps and value_s <= best_s + spare_s and problem.accepts(tuple(choice)):
             found[label] = value_s, tuple(choice)
-    return sorted(found.values())[1:]
+    return sorted(found.values())
 
 
 Exchanged = tuple[Ints, Ints]

@@ -168,7 +168,7 @@ def choose(
     choices = [found.choices[0]]
     if most > 1:
         labels = [_replicas_alike(table) for table in offered]
-        choices += neighbours(problem, retime, choices[0][1], labels, within=_NEAR, most=most - 1)
+        choices = neighbours(problem, retime, choices[0][1], labels, within=_NEAR, most=most)
     candidates = tuple(
         Candidate(
             options={llm: table.option(row) for llm, table, row in zip(makespans.llms, offered, rows, strict=True)},
