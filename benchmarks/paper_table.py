@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from scepsy.profiling import shipped_profiles
 from scepsy_optimizer.baselines import Choices, autoscaled, paper_enumeration, split_by_weight
 from scepsy_optimizer.cluster import Cluster, parse_cluster
 from scepsy_optimizer.errors import ScepsyError
-from scepsy_optimizer.planner import hand_made_plan, optimize, plan_choices
+from scepsy_optimizer.planner import optimize, plan_choices, predict
 from scepsy_optimizer.profile import LLMProfile
 from scepsy_optimizer.replay import Replay, poisson_arrivals_s, replay
 from scepsy_optimizer.search import highest_rate
@@ -43,6 +43,7 @@ MIXES = {
 }
 LOADS = (0.05, 0.3, 0.6, 0.8, 1.0, 1.2)
 """Offered rates as a part of the highest rate that our plan is made for."""
+NEARLY_NO_RATE_RPS = 1e-6
 SEEDS = (1, 2, 3)
 TRACED = 200
 LEAST_EXECUTIONS = 400
@@ -168,9 +169,9 @@ def by_time_sharing(setting: Setting, _rate_rps: float) -> System:
 
 
 def allocated(setting: Setting, choices: Choices) -> System:
-    """A system of engines as allocated."""
-    _, profiles, cluster = given(setting)
-    plan = hand_made_plan(choices, profiles, cluster)
+    """A system of engines as allocated; the endpoint knows what each replica carries, whoever made the allocation."""
+    workload, profiles, cluster = given(setting)
+    plan = predict(workload, profiles, cluster, choices, rate_rps=NEARLY_NO_RATE_RPS)
     return System(
         allocation=describe(choices),
         run=lambda timelines, arrivals_s: replay(plan, profiles, timelines, arrivals_s),
@@ -199,20 +200,22 @@ POLICIES: dict[str, Policy] = {
 }
 
 
-def run_setting(setting: Setting) -> Table:
-    """Every policy at every rate."""
+def run_setting(setting: Setting, *, loads: Sequence[float] = LOADS) -> Table:
+    """Every policy at every rate; a sustained rate only where all of them are asked for."""
     most_rps = highest_rate(*given(setting))[0] * 0.999
     # Several policies often come to the same allocation: that is replayed once.
     points: dict[tuple[str, float], Point] = {}
     rates: dict[str, float] = {}
     found, sustained = [], {}
     for name, policy in POLICIES.items():
-        for load in LOADS:
+        for load in loads:
             system = policy(setting, min(load, 1.0) * most_rps)
             key = system.allocation, load
             if key not in points:
                 points[key] = replay_point(setting, name, system, load, load * most_rps)
             found.append(replace(points[key], policy=name))
+        if len(loads) < len(LOADS):
+            continue
         if system.allocation not in rates:
             rates[system.allocation] = sustained_rps(setting, system, most_rps)
         sustained[name] = rates[system.allocation]
@@ -275,7 +278,7 @@ def show(table: Table) -> None:
     print(
         f"{'rate/s':>8} {'policy':>12} {'mean s':>16} {'p50 s':>8} {'p95 s':>8} {'p99 s':>8} {'ours is':>9}  allocation"
     )
-    for load in LOADS:
+    for load in dict.fromkeys(point.load for point in table.points):
         points = [point for point in table.points if point.load == load]
         mine = next(point for point in points if point.policy == "ours")
         for point in points:
@@ -285,8 +288,8 @@ def show(table: Table) -> None:
                 f"{np.mean(point.p50_s):>8.2f} {np.mean(point.p95_s):>8.2f} {np.mean(point.p99_s):>8.2f} "
                 f"{point.latency_s / mine.latency_s:>8.2f}x  {point.allocation}"
             )
-    mine_rps = table.sustained_rps["ours"]
     for policy, rate_rps in table.sustained_rps.items():
+        mine_rps = table.sustained_rps["ours"]
         print(f"  sustained by {policy:>12}: {rate_rps:8.2f}/s, ours {mine_rps / rate_rps:.2f}x")
 
 
@@ -327,40 +330,44 @@ def main() -> int:
     parser.add_argument("--plots", type=Path, help="directory for one SVG per setting")
     parser.add_argument("--clusters", nargs="*", default=CLUSTERS)
     parser.add_argument("--mixes", nargs="*", default=tuple(MIXES))
+    parser.add_argument("--loads", nargs="*", type=float, default=LOADS, help="single points, without sustained rates")
     arguments = parser.parse_args()
     settings = [Setting(mix=mix, cluster=cluster) for cluster in arguments.clusters for mix in arguments.mixes]
     began_s = time.perf_counter()
     tables = []
     # The largest first, so that no process is left alone with it.
     with multiprocessing.Pool(2) as pool:
-        for table in pool.imap(run_setting, settings[::-1], chunksize=1):
+        for table in pool.imap(partial(run_setting, loads=arguments.loads), settings[::-1], chunksize=1):
             show(table)
             sys.stdout.flush()
             tables.append(table)
     if arguments.plots is not None:
         draw(tables, arguments.plots)
     others = [policy for policy in POLICIES if policy not in ("ours", "paper")]
-    throughput = [table.sustained_rps["ours"] / table.sustained_rps[other] for table in tables for other in others]
+    throughput = [
+        table.sustained_rps["ours"] / table.sustained_rps[other]
+        for table in tables
+        for other in others
+        if table.sustained_rps
+    ]
     latency, worst = [], []
     for table in tables:
         for mine, *rest in zip(*(table.of(policy) for policy in POLICIES), strict=True):
             worst += [mine.latency_s / point.latency_s for point in rest]
             latency += [point.latency_s / mine.latency_s for point in rest if point.policy != "paper"]
     sustained = [table.sustained_rps["ours"] / rate for table in tables for rate in table.sustained_rps.values()]
-    bounds = [
-        Bound(
-            name="highest sustained rate over one by independent or hand-made means, most",
-            value=max(throughput),
-            at_least=2.4,
-        ),
-        Bound(name="latency of independent or hand-made means over ours, most", value=max(latency), at_least=27),
-        Bound(name="our mean latency over any other's, most", value=max(worst), at_most=1.02),
-        Bound(name="our sustained rate over any other's, least", value=min(sustained), at_least=0.98),
-    ]
+    bounds = [Bound(name="our mean latency over any other's, most", value=max(worst), at_most=1.02)]
+    if throughput:
+        name = "highest sustained rate over one by independent or hand-made means, most"
+        bounds += [
+            Bound(name="latency of independent or hand-made means over ours, most", value=max(latency), at_least=27),
+            Bound(name=name, value=max(throughput), at_least=2.4),
+            Bound(name="our sustained rate over any other's, least", value=min(sustained), at_least=0.98),
+        ]
     figures = {
         "seconds": time.perf_counter() - began_s,
         "latency_median": float(np.median(latency)),
-        "throughput_median": float(np.median(throughput)),
+        "throughput_median": float(np.median(throughput)) if throughput else None,
         "points": [
             {
                 "mix": table.setting.mix,

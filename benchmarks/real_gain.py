@@ -53,8 +53,8 @@ from benchmarks.cpu_engines import (
 from benchmarks.machine_noise import probe_s, watched
 from benchmarks.outcome import Bound, finish
 from scepsy.deployment import deploy, list_deployments
-from scepsy_optimizer.allocation import MAX_UTILISATION, Choice, Groups, even_split
-from scepsy_optimizer.baselines import autoscaled, split_by_weight
+from scepsy_optimizer.allocation import MAX_UTILISATION, Choice, Groups
+from scepsy_optimizer.baselines import autoscaled, even_split, split_by_weight
 from scepsy_optimizer.cluster import Cluster, parse_cluster
 from scepsy_optimizer.plan import Plan
 from scepsy_optimizer.planner import describe_choices, optimize, plan_choices, predict

@@ -6,7 +6,7 @@ replica carries and how soon it is done.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -24,8 +24,8 @@ Floats = NDArray[np.float64]
 UNITS_PER_DEVICE = 10
 """Devices are divided into tenths; every offered fraction is a whole number of them."""
 
-FRACTIONS = (Fraction(1), Fraction(1, 2), Fraction(1, 5), Fraction(1, 10))
-"""Offered fractions: any set of them that adds up to whole devices packs onto those devices without loss."""
+FRACTIONS = tuple(Fraction(tenths, UNITS_PER_DEVICE) for tenths in range(UNITS_PER_DEVICE, 0, -1))
+"""Offered fractions: a whole device, and every number of tenths of one."""
 
 MAX_UTILISATION = 0.85
 """Loads above this part of saturation are not planned for: the closed form does not hold there, and nobody wants it."""
@@ -61,6 +61,13 @@ class Choice:
     def units(self) -> int:
         """Tenths of a device that all replicas take."""
         return int(self.replicas * self.tensor_parallel_size * self.fraction * UNITS_PER_DEVICE)
+
+
+def kind_of(group: Choice) -> ReplicaKind:
+    """What one replica of a group takes."""
+    return ReplicaKind(
+        tensor_parallel_size=group.tensor_parallel_size, fraction=group.fraction, device_type=group.device_type
+    )
 
 
 Groups = tuple[Choice, ...]
@@ -270,11 +277,7 @@ def _kinds_of(
                 f"{demand.llm!r} ({profile.model}) does not fit into {fraction:g} of {group.tensor_parallel_size} "
                 f"{profile.device_type} of {profile.device_memory_gib:g} GiB: give it more memory or tensor parallelism"
             )
-        kinds.append(
-            ReplicaKind(
-                tensor_parallel_size=group.tensor_parallel_size, fraction=group.fraction, device_type=group.device_type
-            )
-        )
+        kinds.append(kind_of(group))
         capacities.append(capacity)
     return kinds, np.array(capacities)
 
@@ -333,25 +336,3 @@ def _kind_speeds(
     size, fraction = kind.tensor_parallel_size, float(kind.fraction)
     loaded = loaded_speeds(profile, size, fraction, shape, rates, overlaps, replicas=1 / part)
     return np.column_stack([loaded.fixed_s, loaded.input_s, loaded.output_s]), loaded.utilisation
-
-
-def even_split(
-    llms: Sequence[str], profiles: Mapping[str, LLMProfile], *, devices: int, max_tensor_parallel_size: int
-) -> dict[str, Groups]:
-    """The allocation that people make by hand: as many whole devices for each LLM, the first ones get what is left.
-
-    Each LLM runs at the smallest tensor parallelism that holds it, with as many replicas as its devices allow. Raises
-    ScepsyError where an LLM gets no device or does not fit into its part.
-    """
-    if devices < len(llms):
-        raise ScepsyError(f"an even split needs a device for each of {len(llms)} LLMs, the cluster has {devices}")
-    choices: dict[str, Groups] = {}
-    for index, llm in enumerate(llms):
-        part = devices // len(llms) + (index < devices % len(llms))
-        kinds = replica_kinds(profiles[llm], max_tensor_parallel_size=max_tensor_parallel_size, fractions=FRACTIONS[:1])
-        sizes = [kind.tensor_parallel_size for kind in kinds if kind.tensor_parallel_size <= part]
-        if not sizes:
-            raise ScepsyError(f"{llm!r} does not fit into its even part of {part} devices")
-        size = min(sizes)
-        choices[llm] = (Choice(tensor_parallel_size=size, fraction=Fraction(1), replicas=part // size),)
-    return choices

@@ -29,6 +29,14 @@ AUTOSCALING_TARGET = 0.7
 _KEPT = 200
 
 
+def even_split(
+    llms: Sequence[str], profiles: Mapping[str, LLMProfile], *, devices: int, max_tensor_parallel_size: int
+) -> Choices:
+    """The allocation that people make without knowing anything: `split_by_weight` in equal parts."""
+    weights = dict.fromkeys(llms, 1.0)
+    return split_by_weight(weights, profiles, devices=devices, max_tensor_parallel_size=max_tensor_parallel_size)
+
+
 def split_by_weight(
     weights: Mapping[str, float], profiles: Mapping[str, LLMProfile], *, devices: int, max_tensor_parallel_size: int
 ) -> Choices:

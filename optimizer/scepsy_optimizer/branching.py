@@ -10,14 +10,15 @@ between several into the smaller and the larger, and every choice that is met ad
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
 
-from scepsy_optimizer.knapsack import solve
-from scepsy_optimizer.master import Floats, Ints, Master, Problem, Relaxed
+from scepsy_optimizer.knapsack import Packing, solve
+from scepsy_optimizer.master import Floats, Ints, Master, Priced, Problem, Relaxed
+from scepsy_optimizer.neighbours import best_exchange
 
 _RELAXED_GAP = 1e-5
 _MAX_CUTS = 150
@@ -27,6 +28,12 @@ _POINT_CUTS_EVERY = 3
 
 _WHOLE = 1e-6
 _GUESSES = 2
+
+_EXCHANGED = 1e-3
+"""How far above the least cost options are exchanged, in parts of the bound."""
+_MAX_EXCHANGES = 150
+_MAX_IDLE = 12
+"""Exchanges one after another that only gave new cuts, after which no more are tried."""
 
 _WINDOW = 1e-3
 _WINDOW_GROWTH = 4.0
@@ -61,6 +68,13 @@ class _Node:
     highs: Ints
 
 
+def _halves(node: _Node, llm: int, rank: int) -> tuple[_Node, _Node]:
+    """The part in which an LLM takes an option up to that rank, and the part in which it takes one above."""
+    smaller, larger = node.highs.copy(), node.lows.copy()
+    smaller[llm], larger[llm] = rank, rank + 1
+    return _Node(node.lows, smaller), _Node(larger, node.highs)
+
+
 class _Search:
     def __init__(self, problem: Problem, retime: Retime, gap: float) -> None:
         self._problem = problem
@@ -72,10 +86,8 @@ class _Search:
         self._best_s = float("inf")
         self._explored = 0
         self._bound_s = -float("inf")
-        # The best bound of the relaxation and every option's cost at its duals: these belong together, while
-        # `_bound_s` may come from a tangent of the guess.
-        self._relaxed_s = -float("inf")
-        self._costs: list[Floats] = []
+        # The best bound of the relaxation, with every option's cost at its duals; `_bound_s` may be higher.
+        self._priced: Priced | None = None
 
     @property
     def has_gap(self) -> bool:
@@ -100,26 +112,22 @@ class _Search:
         problem = self._problem
         taken = sum(units[row] for units, row in zip(problem.units, rows, strict=True))
         within = (problem.limited @ makespans_s <= problem.limits_s * (1 + 1e-9)).all()
-        if within and (taken <= problem.budgets).all():
+        if within and (taken <= problem.budgets).all() and problem.accepts(rows):
             self._met[rows] = float(problem.group_weights @ makespans_s)
             self._best_s = min(self._best_s, self._met[rows])
 
     def guess(self) -> tuple[int, ...]:
-        """A choice to begin with: the best for the tangent at a few, by knapsack, where one budget is all that binds.
+        """A choice to begin with: the best for the tangent at a few, by knapsack, with what the areas alone allow.
 
-        Where the critical path does not move, its tangent is the makespan, and the choice is proven best already.
+        Where the critical path does not move and nothing else binds, its tangent is the makespan, and the choice is
+        proven best already.
         """
         problem = self._problem
         rows = tuple(len(table) // 2 for table in problem.speeds)
-        if len(problem.budgets) > 1 or len(problem.limits_s):
-            self.meet(rows)
-            return rows
-        sizes = [units[:, 0] for units in problem.units]
         for _ in range(_GUESSES):
             _, fixed_s, coefficients = self._retime(self._speeds_of(rows))
             blended = np.tensordot(problem.group_weights, coefficients, 1)
-            costs = [speeds @ row for speeds, row in zip(problem.speeds, blended, strict=True)]
-            packing = solve(sizes, costs, int(problem.budgets[0]))
+            packing = self._by_knapsack([speeds @ row for speeds, row in zip(problem.speeds, blended, strict=True)])
             if packing is None:
                 # Nothing fits: no choice is better than none.
                 self._bound_s = float("inf")
@@ -130,6 +138,12 @@ class _Search:
             if not self.has_gap:
                 break
         return rows
+
+    def _by_knapsack(self, costs: Sequence[Floats]) -> Packing | None:
+        """The choice of least cost within the areas together."""
+        problem = self._problem
+        areas = [units[:, : problem.areas].sum(axis=1) for units in problem.units]
+        return solve(areas, costs, int(problem.budgets[: problem.areas].sum()))
 
     def relax(self, first: tuple[int, ...]) -> bool:
         """Solve the relaxation over all options and meet a choice next to its solution; False if it has none."""
@@ -155,24 +169,62 @@ class _Search:
             query_s = float(problem.group_weights @ self._cut(query)[0])
             if query_s < centre_s:
                 centre, centre_s = query, query_s
-        self.meet(self._rounded(solved))
+        self._exchange(self._rounded(solved))
         return True
+
+    def _exchange(self, rows: tuple[int, ...]) -> None:
+        """Meet a choice and better ones, by exchanges in one or two LLMs as long as the cuts promise something."""
+        problem, priced = self._problem, self._priced
+        assert priced is not None  # noqa: S101 - the relaxation has been solved
+        window_s = _EXCHANGED * abs(priced.bound_s)
+        near = [
+            np.union1d(row, np.flatnonzero(totals - totals.min() <= window_s))
+            for row, totals in zip(rows, priced.totals_s, strict=True)
+        ]
+        self.meet(rows)
+        now_s = self._met.get(rows, float("inf"))
+        idle = 0
+        for _ in range(_MAX_EXCHANGES):
+            speeds = self._speeds_of(rows)
+
+            def rate(exchanged: tuple[Ints, Ints], speeds: Floats = speeds) -> Floats:
+                llms, options = exchanged
+                others = np.zeros((*llms.shape, 3))
+                for llm, table in enumerate(problem.speeds):
+                    others[llms == llm] = table[options[llms == llm]]
+                return self._master.exchanged_s(speeds, llms, others)
+
+            found = best_exchange(problem, priced.costs_s, rows, near, rate)
+            if found is None or found[0] >= now_s * (1 - _RELAXED_GAP):
+                break
+            # The cuts may promise too much; those of this choice then tell, and another exchange is tried.
+            if found[1] in self._seen:
+                break
+            self.meet(found[1])
+            value_s = self._met.get(found[1], float("inf"))
+            idle += 1
+            if value_s < now_s:
+                now_s, rows, idle = value_s, found[1], 0
+            if not self.has_gap or idle > _MAX_IDLE:
+                break
 
     def branch(self) -> None:
         """Close what is left between the bound and the best choice.
 
         Only options within a window above the least cost are looked at; the window grows until no other could matter.
         """
-        relaxed_s, window_s = self._relaxed_s, 0.0
+        assert self._priced is not None  # noqa: S101 - the relaxation has been solved
+        relaxed_s, totals_s = self._priced.bound_s, self._priced.totals_s
+        window_s = 0.0
         while self.has_gap and relaxed_s + window_s < self._best_s * (1 - self._gap):
             window_s = max(_WINDOW_GROWTH * window_s, _WINDOW * abs(relaxed_s))
             window_s = min(window_s, self._best_s - relaxed_s)
             held = [
                 self._master.hold(llm, row)
-                for llm, costs in enumerate(self._costs)
+                for llm, costs in enumerate(totals_s)
                 for row in np.flatnonzero(costs - costs.min() <= window_s + 1e-9 * abs(relaxed_s)).tolist()
             ]
-            if not any(held) and len(held) == sum(len(costs) for costs in self._costs):
+            if not any(held) and len(held) == sum(len(costs) for costs in totals_s):
                 window_s = float("inf")
             self._bound_s = max(self._bound_s, min(self._tree(), relaxed_s + window_s))
 
@@ -189,37 +241,48 @@ class _Search:
                 break
             _, _, node = heapq.heappop(heap)
             master.allow((ranks >= node.lows[master.owners]) & (ranks <= node.highs[master.owners]))
-            value_s, split = self._explore(ranks)
-            if split is None:
+            value_s, parts = self._explore(node, ranks)
+            if not parts:
                 pruned_s = min(pruned_s, value_s)
-                continue
-            llm, rank = split
-            smaller, larger = node.highs.copy(), node.lows.copy()
-            smaller[llm], larger[llm] = rank, rank + 1
-            heapq.heappush(heap, (value_s, next(order), _Node(node.lows, smaller)))
-            heapq.heappush(heap, (value_s, next(order), _Node(larger, node.highs)))
+            for part in parts:
+                heapq.heappush(heap, (value_s, next(order), part))
         return min([pruned_s, *(bound_s for bound_s, _, _ in heap)])
 
-    def _explore(self, ranks: Ints) -> tuple[float, tuple[int, int] | None]:
-        """Solve a node, with new cuts while it ends in a whole choice; its bound, and where to split it if need be."""
+    def _explore(self, node: _Node, ranks: Ints) -> tuple[float, list[_Node]]:
+        """Solve a node, with new cuts while it ends in a whole choice; its bound, and its parts if it must be split."""
         while True:
             solved = self._master.solve()
             if solved is None or solved.violation > _WHOLE:
-                return float("inf"), None
+                return float("inf"), []
             if solved.value >= self._best_s * (1 - self._gap):
-                return solved.value, None
+                return solved.value, []
             split = self._split(solved, ranks)
             rows = self._rounded(solved)
             if rows not in self._seen and (split is None or self._promises(rows)):
                 self.meet(rows)
+            elif split is None and not self._problem.accepts(rows):
+                parts = self._without(node, rows, ranks)
+                return solved.value if parts else float("inf"), parts
             elif split is None and self._cut(self._speeds_of(rows))[1] == 0:
                 # A whole choice whose own tangents are there: the value is what it gives.
-                return solved.value, None
+                return solved.value, []
             if split is not None:
                 self._explored += 1
                 if self._explored % _POINT_CUTS_EVERY == 0:
                     self._cut(self._mean_speeds(solved))
-                return solved.value, split
+                return solved.value, list(_halves(node, *split))
+
+    def _without(self, node: _Node, rows: tuple[int, ...], ranks: Ints) -> list[_Node]:
+        """Parts of a node that together are all of it but one choice."""
+        parts: list[_Node] = []
+        for llm, row in enumerate(rows):
+            rank = int(ranks[(self._master.owners == llm) & (self._master.rows == row)][0])
+            if node.lows[llm] < rank:
+                parts.append(_halves(node, llm, rank - 1)[0])
+            if rank < node.highs[llm]:
+                parts.append(_halves(node, llm, rank)[1])
+            node = _halves(_halves(node, llm, rank)[0], llm, rank - 1)[1]
+        return parts
 
     def _split(self, solved: Relaxed, ranks: Ints) -> tuple[int, int] | None:
         """The LLM whose options differ most in the price of what they take, and the rank after which to split them.
@@ -256,13 +319,13 @@ class _Search:
         while True:
             solved = self._master.solve()
             assert solved is not None  # noqa: S101 - every LLM holds an option, and excesses are only dear
-            bound_s, costs = self._master.price(solved.duals)
-            if bound_s > self._relaxed_s:
-                self._relaxed_s, self._costs = bound_s, costs
-                self._bound_s = max(self._bound_s, bound_s)
-            if bound_s >= solved.value - _RELAXED_GAP / 10 * abs(solved.value):
+            priced = self._master.price(solved.duals)
+            if self._priced is None or priced.bound_s > self._priced.bound_s:
+                self._priced = priced
+                self._bound_s = max(self._bound_s, priced.bound_s)
+            if priced.bound_s >= solved.value - _RELAXED_GAP / 10 * abs(solved.value):
                 return solved
-            improving = [self._master.hold(llm, int(table.argmin())) for llm, table in enumerate(costs)]
+            improving = [self._master.hold(llm, int(totals.argmin())) for llm, totals in enumerate(priced.totals_s)]
             if not any(improving):
                 return solved
 

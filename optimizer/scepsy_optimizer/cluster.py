@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from scepsy_optimizer.errors import ScepsyError
@@ -115,14 +117,53 @@ class Cluster:
 
     def largest_domain_of(self, device_type: str) -> int:
         """Devices of the largest fast-link domain of that type."""
-        return max(self._domain_sizes(device_type), default=0)
+        return max(self.domain_sizes_of(device_type), default=0)
 
     def groups_of(self, device_type: str, size: int) -> int:
         """How many groups of `size` devices of that type its fast-link domains hold together."""
-        return sum(devices // size for devices in self._domain_sizes(device_type))
+        return sum(devices // size for devices in self.domain_sizes_of(device_type))
 
-    def _domain_sizes(self, device_type: str) -> list[int]:
+    def domain_sizes_of(self, device_type: str) -> list[int]:
+        """Devices of each fast-link domain of that type."""
         return [len(domain) for node in self.nodes if node.device_type == device_type for domain in node.nvlink_domains]
+
+
+_MAX_PARTS = 64
+
+
+def parts_of(cluster: Cluster, nodes: int) -> tuple[Cluster, ...]:
+    """Every part of a cluster of that many nodes, but one of those that differ only in which of equal nodes they have.
+
+    Raises ScepsyError where the nodes differ so much that there are very many.
+    """
+    if nodes >= len(cluster.nodes):
+        return (cluster,)
+    alike: dict[tuple[str, tuple[int, ...], str], list[Node]] = {}
+    for node in cluster.nodes:
+        shape = tuple(sorted(len(domain) for domain in node.nvlink_domains))
+        alike.setdefault((node.device_type, shape, node.switch), []).append(node)
+    numbers = list(islice(_numbers([len(group) for group in alike.values()], nodes), _MAX_PARTS + 1))
+    if len(numbers) > _MAX_PARTS:
+        raise ScepsyError(
+            f"there are more than {_MAX_PARTS} ways to choose {nodes} of {len(cluster.nodes)} nodes that differ: name "
+            "the nodes to use in a cluster file of their own"
+        )
+    return tuple(
+        Cluster(
+            nodes=tuple(node for group, count in zip(alike.values(), counts, strict=True) for node in group[:count])
+        )
+        for counts in numbers
+    )
+
+
+def _numbers(limits: Sequence[int], total: int) -> Iterator[tuple[int, ...]]:
+    """Every way to take `total` from heaps of limited size, from the first heap the most first."""
+    if len(limits) == 1:
+        if total <= limits[0]:
+            yield (total,)
+        return
+    for count in range(min(limits[0], total), -1, -1):
+        yield from ((count, *rest) for rest in _numbers(limits[1:], total - count))
 
 
 def parse_cluster(text: str) -> Cluster:

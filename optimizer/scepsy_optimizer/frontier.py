@@ -8,12 +8,12 @@ once for each rate and the whole cluster, so a plan for fewer devices may find a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from scepsy_optimizer.allocation import MAX_UTILISATION, UNITS_PER_DEVICE, Groups
-from scepsy_optimizer.cluster import Cluster
+from scepsy_optimizer.cluster import Cluster, parts_of
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.makespans import Makespans
 from scepsy_optimizer.profile import Profiles
@@ -60,6 +60,14 @@ def find_frontier(
     proportion, and those of `more_devices`. `on_progress` is told the searches that are done and their total. Raises
     ScepsyError where the LLMs do not fit at all.
     """
+    if requirements.max_nodes is not None:
+        parts = parts_of(cluster, requirements.max_nodes)
+        if len(parts) > 1:
+            raise ScepsyError(
+                f"a frontier on {requirements.max_nodes} nodes needs nodes that are alike: name those to use in a "
+                "cluster file of their own"
+            )
+        (cluster,), requirements = parts, replace(requirements, max_nodes=None)
     most, _ = highest_rate(workload, profiles, cluster, max_utilisation=max_utilisation, requirements=requirements)
     levels = [most * level for level in _LOAD_LEVELS] if rates_rps is None else rates_rps
     rates = sorted({*levels, *more_rates_rps})

@@ -8,7 +8,7 @@ Executions are put into groups; the mean makespan of each group is bounded from 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import highspy
@@ -35,7 +35,9 @@ class Problem:
 
     For LLM i, `speeds[i]` has a row per option of fixed_s, input_s, output_s and `units[i]` a row of what it takes of
     each budget. A group's mean makespan counts `group_weights[g]` times in the objective; the groups of `limited[w]`
-    (a mask) may add up to `limits_s[w]`. `scale_s` is the order of magnitude of the objective.
+    (a mask) may add up to `limits_s[w]`. `scale_s` is the order of magnitude of the objective. The first `areas`
+    budgets are of one unit, so that their sum is a budget as well. `accepts` says of a choice (a row per LLM) that
+    keeps all budgets whether it is possible: what no linear row says.
     """
 
     speeds: Sequence[Floats]
@@ -45,6 +47,23 @@ class Problem:
     limited: NDArray[np.bool_]
     limits_s: Floats
     scale_s: float
+    areas: int
+    accepts: Callable[[tuple[int, ...]], bool]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Priced:
+    """The problem at some duals: a lower bound over all options, and what each option costs.
+
+    `costs_s` are what the tangents, blended by the duals, make of each option; `totals_s` add what it takes of the
+    budgets, at their `prices_s`. An option whose total is above its LLM's least by more than the distance of a known
+    solution to the bound is in no better one.
+    """
+
+    bound_s: float
+    costs_s: Sequence[Floats]
+    prices_s: Floats
+    totals_s: Sequence[Floats]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -167,6 +186,23 @@ class Master:
             np.maximum.at(floors_s, np.array(self._cut_group), values)
         return floors_s
 
+    def exchanged_s(self, speeds: Floats, llms: Ints, others: Floats) -> Floats:
+        """What the cuts so far say of the objective where two LLMs have other speeds, a row per such exchange.
+
+        `llms` has a column for each of the two, `others` the speeds of each on its second axis.
+        """
+        order = np.argsort(self._cut_group, kind="stable")
+        groups = np.array(self._cut_group)[order]
+        cuts = np.array(self._cuts)[order]
+        values = np.array(self._cut_fixed_s)[order] + np.tensordot(cuts, speeds, 2)
+        changes = others - speeds[llms]
+        totals = np.broadcast_to(values[:, None], (len(cuts), len(llms))).copy()
+        for column in range(llms.shape[1]):
+            totals += np.einsum("cek,ek->ce", cuts[:, llms[:, column]], changes[:, column])
+        firsts = np.flatnonzero(np.append(True, np.diff(groups) > 0))
+        found: Floats = self._problem.group_weights[groups[firsts]] @ np.maximum.reduceat(totals, firsts, axis=0)
+        return found
+
     def allow(self, allowed: NDArray[np.bool_]) -> None:
         """Which of the held options may be taken."""
         columns = (self._first_option + np.arange(len(self.rows))).astype(np.int32)
@@ -191,12 +227,8 @@ class Master:
             duals=duals,
         )
 
-    def price(self, duals: Floats) -> tuple[float, list[Floats]]:
-        """A lower bound on the problem over all options, and every option's cost at the duals.
-
-        The bound is the sum of each LLM's least cost plus what is fixed. An option whose cost is above its LLM's least
-        by more than the distance of a known solution to the bound is in no better one.
-        """
+    def price(self, duals: Floats) -> Priced:
+        """The Lagrangian at the duals, over all options."""
         problem = self._problem
         prices = np.maximum(0.0, -duals[self._llms : self._first_cut])
         limit_prices = prices[self._budgets :]
@@ -210,11 +242,14 @@ class Master:
         unit_prices = prices[: self._budgets]
         bound = float(cut_duals @ np.array(self._cut_fixed_s))
         bound -= float(unit_prices @ problem.budgets) + float(limit_prices @ problem.limits_s)
-        costs = [
-            speeds @ blended[llm] + units @ unit_prices
-            for llm, (speeds, units) in enumerate(zip(problem.speeds, problem.units, strict=True))
-        ]
-        return bound + float(sum(table.min() for table in costs)), costs
+        costs = [speeds @ blended[llm] for llm, speeds in enumerate(problem.speeds)]
+        totals = [cost + units @ unit_prices for cost, units in zip(costs, problem.units, strict=True)]
+        return Priced(
+            bound_s=bound + float(sum(total.min() for total in totals)),
+            costs_s=costs,
+            prices_s=unit_prices,
+            totals_s=totals,
+        )
 
 
 def can_pack(units: Sequence[Ints], budgets: Ints) -> bool:

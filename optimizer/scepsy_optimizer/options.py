@@ -2,11 +2,13 @@
 
 Latency and capacity fall and rise with what an LLM gets in steps, and mixes make the steps finer. Offered are
 
-* every number of replicas of one kind (a tensor parallelism, or a fraction of a device, on a device type);
+* every number of replicas of one kind (a tensor parallelism, or a fraction of a device, on a device type), of fractions
+  up to a few devices together: beyond, whole devices carry as much and are faster;
 * two neighbouring tensor parallelisms in any proportion, on a grid of counts that is dense where they are small;
-* a number of replicas that about carries the load, and the rest of one more device or group in smaller replicas:
-  the largest pieces first: in tenths of a device beside groups of up to two, in whole devices beside larger ones;
-* with several device types, replicas of one kind on each of two types, on the same grid.
+* a number of replicas that about carries the load, and beside them a rest that is smaller than one more: whole devices
+  in the largest pieces and one fraction of any tenths, or two fractions. Beside many devices, where a tenth matters
+  little, only rests of halves, fifths and tenths, which always pack;
+* with several device types, replicas of one kind on each of two types, on a grid as well.
 
 Mixtures of more kinds lie between these in speed and size, since a mix is as fast as its kinds are on average.
 """
@@ -15,9 +17,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations, pairwise
+from itertools import combinations, combinations_with_replacement, pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from scepsy_optimizer.allocation import (
     MAX_UTILISATION,
@@ -40,8 +43,17 @@ _GRID = 20
 _TYPE_GRID = 8
 """The same for mixes over device types, whose kinds are many."""
 
-_FINE_UNITS = 2 * UNITS_PER_DEVICE
-"""Groups up to this size have rests in tenths of a device: it lowers the best latency by up to 3 % on 16 GPUs."""
+_FRACTION_UNITS = 3 * UNITS_PER_DEVICE
+"""Tenths of a device up to which an LLM may get nothing but fractions of one size."""
+
+_FEW_UNITS = 8 * UNITS_PER_DEVICE
+"""Tenths of a device that carry the load, up to which rests of any fractions are offered."""
+
+_TENTHS_BESIDE_UNITS = 2 * UNITS_PER_DEVICE
+"""Groups up to this size have such rests in tenths of a device, larger ones in whole devices."""
+
+_DIVISIBLE_UNITS = (5, 2, 1)
+"""Fractions, in tenths, of which any that add up to whole devices pack: mixed with much, and over device types."""
 
 _FEW = 4
 """Replicas beside those that carry the load, up to which the rest of one more is offered in smaller ones."""
@@ -102,10 +114,15 @@ def make_offer(demand: LLMDemand, profiles: Sequence[LLMProfile], cluster: Clust
 
 
 def list_options(
-    offer: Offer, *, calls_rps: float, max_units: int, max_utilisation: float = MAX_UTILISATION
+    offer: Offer,
+    *,
+    calls_rps: float,
+    max_units: int,
+    max_utilisation: float = MAX_UTILISATION,
+    min_replicas: int = 1,
 ) -> OptionTable:
     """Every option of one LLM that carries `calls_rps` within `max_utilisation` and `max_units` tenths of a device."""
-    counts = list_counts(offer, needed_rps=calls_rps / max_utilisation, max_units=max_units)
+    counts = list_counts(offer, needed_rps=calls_rps / max_utilisation, max_units=max_units, min_replicas=min_replicas)
     return evaluate_counts(
         offer.profiles,
         offer.kinds,
@@ -117,20 +134,25 @@ def list_options(
     )
 
 
-def list_counts(offer: Offer, *, needed_rps: float, max_units: int) -> Ints:
+def list_counts(offer: Offer, *, needed_rps: float, max_units: int, min_replicas: int = 1) -> Ints:
     """Replicas of each kind (columns) of every option (rows) that saturates at no less than `needed_rps`."""
     found = [np.zeros((0, len(offer.kinds)), dtype=int)]
     for number, limit in enumerate(offer.limits.tolist()):
         columns = np.flatnonzero(offer.types == number)
         units = min(limit, max_units)
-        found += [_pure(offer, column, needed_rps, units) for column in columns.tolist()]
-        found += _neighbours(offer, columns, units)
-        found += [_rests(offer, column, columns, needed_rps, units) for column in columns.tolist()]
+        for column in columns.tolist():
+            replicas = _replicas(offer, column, needed_rps, units, min_replicas)
+            found.append(_times(replicas, offer, column))
+            if offer.kinds[column].fraction == 1:
+                found.append(_with_rests(offer, column, columns, needed_rps, units))
+        for first, second in pairwise(_whole_by_size(offer, columns)):
+            found.append(_pairs(offer, first, second, units, units, _GRID))
     for first, second in combinations(range(len(offer.limits)), 2):
         found += _across(offer, np.flatnonzero(offer.types == first), np.flatnonzero(offer.types == second), max_units)
     counts = np.concatenate(found)
     taken = offer.units_by_type(counts)
     fits = (taken <= offer.limits).all(axis=1) & (taken.sum(axis=1) <= max_units)
+    fits &= counts.sum(axis=1) >= min_replicas
     carries = counts @ offer.capacities >= needed_rps * (1 - 1e-9)
     return _distinct(counts[fits & carries])
 
@@ -144,32 +166,46 @@ def _distinct(counts: Ints) -> Ints:
     return rows
 
 
-def _pure(offer: Offer, column: int, needed_rps: float, units: int) -> Ints:
-    fewest = max(1, int(np.ceil(needed_rps / offer.capacities[column] - 1e-9)))
-    replicas = np.arange(fewest, units // int(offer.units[column]) + 1)
+def _fewest(offer: Offer, column: int, needed_rps: float) -> int:
+    return int(np.ceil(needed_rps / offer.capacities[column] - 1e-9))
+
+
+def _replicas(offer: Offer, column: int, needed_rps: float, units: int, min_replicas: int) -> Ints:
+    """How many replicas of one kind may stand alone."""
+    size = int(offer.units[column])
+    most = units // size
+    if offer.kinds[column].fraction < 1:
+        most = min(most, max(_FRACTION_UNITS // size, min_replicas))
+    return np.arange(max(1, _fewest(offer, column, needed_rps)), most + 1)
+
+
+def _times(replicas: Ints, offer: Offer, column: int) -> Ints:
     counts = np.zeros((len(replicas), len(offer.kinds)), dtype=int)
     counts[:, column] = replicas
     return counts
 
 
-def _neighbours(offer: Offer, columns: Ints, units: int) -> list[Ints]:
+def _whole_by_size(offer: Offer, columns: Ints) -> list[int]:
     whole = [int(column) for column in columns if offer.kinds[column].fraction == 1]
-    whole.sort(key=lambda column: int(offer.units[column]))
-    return [_pairs(offer, first, second, units, units, _GRID) for first, second in pairwise(whole)]
+    return sorted(whole, key=lambda column: int(offer.units[column]))
 
 
 def _across(offer: Offer, firsts: Ints, seconds: Ints, max_units: int) -> list[Ints]:
+    def mixed(columns: Ints) -> list[int]:
+        kept = [offer.kinds[one].fraction == 1 or int(offer.units[one]) in _DIVISIBLE_UNITS for one in columns]
+        return [int(one) for one in columns[np.array(kept, dtype=bool)]]
+
     return [
         _pairs(
             offer,
-            int(first),
-            int(second),
+            first,
+            second,
             min(max_units, int(offer.limits[offer.types[first]])),
             min(max_units, int(offer.limits[offer.types[second]])),
             _TYPE_GRID,
         )
-        for first in firsts
-        for second in seconds
+        for first in mixed(firsts)
+        for second in mixed(seconds)
     ]
 
 
@@ -191,26 +227,40 @@ def _grid(most: int, size: int) -> Ints:
     return grown
 
 
-def _rests(offer: Offer, column: int, columns: Ints, needed_rps: float, units: int) -> Ints:
-    """A few counts of one kind, each with every rest of one more in smaller pieces, the largest first."""
-    size = int(offer.units[column])
-    smaller = sorted((int(one) for one in columns if offer.units[one] < size), key=lambda one: -int(offer.units[one]))
-    if offer.kinds[column].fraction < 1 or not smaller:
-        return np.zeros((0, len(offer.kinds)), dtype=int)
-    step = 1 if size <= _FINE_UNITS else UNITS_PER_DEVICE
-    rests = []
-    for rest in range(step, size, step):
-        row, left = np.zeros(len(offer.kinds), dtype=int), rest
-        for one in smaller:
-            row[one], left = divmod(left, int(offer.units[one]))
-        if left == 0:
-            rests.append(row)
-    fewest = int(np.ceil(needed_rps / offer.capacities[column] - 1e-9))
-    bases = np.arange(max(0, fewest - 1), min(fewest + _FEW, units // size) + 1)
-    counts = np.tile(np.array(rests, dtype=int).reshape(len(rests), len(offer.kinds)), (len(bases), 1))
+def _with_rests(offer: Offer, column: int, columns: Ints, needed_rps: float, units: int) -> Ints:
+    """A few counts of one kind, each with every rest."""
+    fewest = _fewest(offer, column, needed_rps)
+    bases = np.arange(max(0, fewest - 1), min(fewest + _FEW, units // int(offer.units[column])) + 1)
+    rests = _rests(offer, column, columns, is_fine=fewest * int(offer.units[column]) <= _FEW_UNITS)
+    counts = np.tile(rests, (len(bases), 1))
     counts[:, column] += np.repeat(bases, len(rests))
-    mixed: Ints = counts[np.count_nonzero(counts, axis=1) > 1]
-    return mixed
+    return counts
+
+
+def _rests(offer: Offer, column: int, columns: Ints, *, is_fine: bool) -> Ints:
+    """What may stand beside replicas of one kind of whole devices: fewer devices than one of these, in smaller ones."""
+    size = int(offer.units[column])
+    whole = [one for one in _whole_by_size(offer, columns) if offer.units[one] < size][::-1]
+    parts = [int(one) for one in columns if offer.kinds[one].fraction < 1]
+    if is_fine:
+        wholes = [row for units in range(0, size, UNITS_PER_DEVICE) for row in _largest_first(offer, whole, units)]
+        ones = np.eye(len(offer.kinds), dtype=int)
+        rows = [row + piece for row in wholes for piece in (0 * row, *(ones[part] for part in parts))]
+        rows += [ones[one] + ones[other] for one, other in combinations_with_replacement(parts, 2)]
+    else:
+        step = 1 if size <= _TENTHS_BESIDE_UNITS else UNITS_PER_DEVICE
+        pieces = [*whole, *(one for units in _DIVISIBLE_UNITS for one in parts if offer.units[one] == units)]
+        rows = [row for units in range(step, size, step) for row in _largest_first(offer, pieces, units)]
+    rests: Ints = np.array([row for row in rows if row.any()], dtype=int).reshape(-1, len(offer.kinds))
+    return rests
+
+
+def _largest_first(offer: Offer, pieces: Sequence[int], units: int) -> list[Ints]:
+    """The counts of the kinds `pieces`, largest first, that make up so many tenths; empty where they do not."""
+    row, left = np.zeros(len(offer.kinds), dtype=int), units
+    for one in pieces:
+        row[one], left = divmod(left, int(offer.units[one]))
+    return [row] if left == 0 else []
 
 
 def capacity_by_units(offer: Offer, *, max_units: int, min_replicas: int = 1) -> Floats:
@@ -220,21 +270,27 @@ def capacity_by_units(offer: Offer, *, max_units: int, min_replicas: int = 1) ->
     """
     best = np.zeros(max_units + 1)
     columns = np.arange(len(offer.kinds))
-    found = [_pure(offer, column, 0.0, max_units) for column in columns.tolist()]
-    found += _neighbours(offer, columns, max_units)
+
+    def count(units: Ints, replicas: Ints, capacity: NDArray[np.floating]) -> None:
+        kept = (replicas >= min_replicas) & (units <= max_units)
+        np.maximum.at(best, units[kept], capacity[kept])
+
     for column in columns.tolist():
-        rests = _rests(offer, column, columns, 0.0, max_units)
-        most = max_units // int(offer.units[column])
-        if len(rests) and most > _FEW:
+        size, each = int(offer.units[column]), float(offer.capacities[column])
+        replicas = _replicas(offer, column, 0.0, max_units, min_replicas)
+        count(replicas * size, replicas, replicas * each)
+        if offer.kinds[column].fraction == 1:
             # The rule offers a rest beside any number that about carries the load: here, beside every number.
-            last = rests[rests[:, column] == rests[:, column].max()]
-            more = np.tile(last, (most, 1))
-            more[:, column] += np.repeat(np.arange(most), len(last))
-            found += [more]
-        found += [rests]
-    counts = np.concatenate([np.zeros((0, len(offer.kinds)), dtype=int), *found])
-    units = counts @ offer.units
-    kept = (counts.sum(axis=1) >= min_replicas) & (units <= max_units)
-    np.maximum.at(best, units[kept], (counts @ offer.capacities)[kept])
+            few = min(_FEW_UNITS // size, max_units // size + 1)
+            for is_fine, bases in ((True, np.arange(few)), (False, np.arange(few, max_units // size + 1))):
+                rests, base = _rests(offer, column, columns, is_fine=is_fine), bases[:, None]
+                count(
+                    (base * size + rests @ offer.units).ravel(),
+                    (base + rests.sum(axis=1)).ravel(),
+                    (base * each + rests @ offer.capacities).ravel(),
+                )
+    for first, second in pairwise(_whole_by_size(offer, columns)):
+        counts = _pairs(offer, first, second, max_units, max_units, _GRID)
+        count(counts @ offer.units, counts.sum(axis=1), counts @ offer.capacities)
     most_rps: Floats = np.maximum.accumulate(best)
     return most_rps

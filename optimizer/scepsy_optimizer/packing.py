@@ -63,6 +63,28 @@ def pack(
     return packed
 
 
+def fewest_bins(capacity: int, counts: Mapping[int, int], *, most: int) -> int | None:
+    """Bins of one capacity that hold `counts` items by size, largest first; an exact packing where these exceed `most`.
+
+    None where they do not fit into `most`, or that was not found out.
+    """
+    left = {size: counts[size] for size in sorted(counts, reverse=True) if counts[size]}
+    bins = 0
+    while left:
+        room, filling = capacity, {}
+        for size, count in left.items():
+            if taken := min(count, room // size):
+                filling[size] = taken
+                room -= taken * size
+        # As many bins as can be filled alike.
+        alike = min(left[size] // taken for size, taken in filling.items())
+        bins += alike
+        left = {size: rest for size, count in left.items() if (rest := count - alike * filling.get(size, 0))}
+    if bins <= most:
+        return bins
+    return most if most > 0 and pack([capacity] * most, counts) is not None else None
+
+
 def _fillings(
     capacity: int, sizes: Sequence[int], left: Sequence[int], slack: int, *, with_largest: bool
 ) -> list[tuple[int, ...]]:

@@ -28,12 +28,13 @@ from scepsy_optimizer.plan import LLMPlan, Plan, Prediction, Slot
 from scepsy_optimizer.profile import LLMProfile, Profiles, find_profile, profiles_of
 from scepsy_optimizer.replica import check_range
 from scepsy_optimizer.requirements import NO_REQUIREMENTS, Requirements, check_requirements
-from scepsy_optimizer.search import budget_units, find_allocation
-from scepsy_optimizer.steady_state import replay_steady_state
+from scepsy_optimizer.search import budget_units, find_allocation, over_parts
+from scepsy_optimizer.steady_state import replay_steady_state, replayed_calls
 from scepsy_optimizer.workload import Workload
 
-_WORTH_REPLAYING = 1.05
-_MAX_REPLAYED = 4
+MAX_REPLAYED = 6
+_MAX_REPLAYED_CALLS = 400_000
+"""Of all replayed candidates together, but for the best one: that takes some twenty seconds."""
 
 
 def optimize(
@@ -67,7 +68,7 @@ def optimize(
         max_utilisation=max_utilisation,
         requirements=requirements,
         provenance=provenance,
-        most=_MAX_REPLAYED if is_chosen_by_replay else 1,
+        most=MAX_REPLAYED if is_chosen_by_replay else 1,
     )
     if not plans:
         raise ScepsyError(
@@ -83,7 +84,9 @@ def optimize(
         )
     if replay_seed is None:
         return plans[0]
-    return least_replayed([with_replay(plan, profiles, workload, replay_seed) for plan in plans])
+    calls = replayed_calls(plans[0], workload)
+    kept = plans[: max(1, int(_MAX_REPLAYED_CALLS / calls))]
+    return least_replayed([with_replay(plan, profiles, workload, replay_seed) for plan in kept])
 
 
 def find_plans(
@@ -96,7 +99,7 @@ def find_plans(
     max_utilisation: float = MAX_UTILISATION,
     requirements: Requirements = NO_REQUIREMENTS,
     provenance: Mapping[str, str] | None = None,
-    most: int = _MAX_REPLAYED,
+    most: int = MAX_REPLAYED,
 ) -> tuple[Plan, ...]:
     """The best few plans that the search met and that can be placed, least mean latency first, `most` at most.
 
@@ -104,6 +107,22 @@ def find_plans(
     carries the rate. Raises ScepsyError where an LLM has no profile.
     """
     check_profiles(workload, profiles, cluster)
+    if requirements.max_nodes is not None and requirements.max_nodes < len(cluster.nodes):
+
+        def within(part: Cluster) -> tuple[Plan, ...]:
+            return find_plans(
+                workload,
+                profiles,
+                part,
+                rate_rps=rate_rps,
+                max_units=max_units,
+                max_utilisation=max_utilisation,
+                requirements=replace(requirements, max_nodes=None),
+                provenance=provenance,
+                most=most,
+            )
+
+        return _merged(over_parts(cluster, requirements.max_nodes, within), cluster)[:most]
     units = budget_units(cluster, max_units)
     bound_s: float | None = None
     while units > 0:
@@ -115,15 +134,15 @@ def find_plans(
             max_units=units,
             max_utilisation=max_utilisation,
             requirements=requirements,
+            most=most,
         )
         if allocation is None:
             break
         # The bound of the whole cluster holds, also where a smaller budget is what can be placed in the end.
         bound_s = allocation.lower_bound_s if bound_s is None else bound_s
-        near = [one for one in allocation.candidates if one.latency_s <= allocation.latency_s * _WORTH_REPLAYING]
         placed = (
             _bounded(plan, candidate.latency_s, bound_s, requirements)
-            for candidate in near[:_MAX_REPLAYED]
+            for candidate in allocation.candidates
             if (
                 plan := _build(
                     workload,
@@ -143,6 +162,31 @@ def find_plans(
         # Groups did not fit into the domains side by side: plan for fewer devices and try again.
         units = sum(option.units for option in allocation.options.values()) - 1
     return ()
+
+
+def _merged(found: Sequence[tuple[Plan, ...]], cluster: Cluster) -> tuple[Plan, ...]:
+    """The plans for parts of a cluster as plans for it, best first, with the bound of the part that has the lowest."""
+    ranked = sorted(
+        (prediction.objective_s or prediction.latency_s, number, index, prediction)
+        for number, plans in enumerate(found)
+        for index, plan in enumerate(plans)
+        if (prediction := plan.prediction)
+    )
+    bound_s = min((prediction.lower_bound_s for _, _, _, prediction in ranked), default=0.0)
+    several = len(cluster.device_types) > 1
+    merged = []
+    for objective_s, number, index, prediction in ranked:
+        plan = found[number][index]
+        named = plan.cluster.device_type if several else ""
+        merged.append(
+            replace(
+                plan,
+                cluster=cluster,
+                llms=tuple(replace(part, device_type=part.device_type or named) for part in plan.llms),
+                prediction=replace(prediction, lower_bound_s=bound_s, gap=1 - bound_s / objective_s),
+            )
+        )
+    return tuple(merged)
 
 
 def keep_in_place(plan: Plan, old: Plan, requirements: Requirements = NO_REQUIREMENTS) -> Plan:

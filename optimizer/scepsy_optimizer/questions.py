@@ -15,7 +15,7 @@ from scepsy_optimizer.cluster import Cluster
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.infeasible import explain_no_plan
 from scepsy_optimizer.plan import Plan
-from scepsy_optimizer.planner import check_profiles, find_plans, least_replayed, optimize, with_replay
+from scepsy_optimizer.planner import MAX_REPLAYED, check_profiles, find_plans, least_replayed, optimize, with_replay
 from scepsy_optimizer.profile import Profiles
 from scepsy_optimizer.requirements import NO_REQUIREMENTS, Requirements
 from scepsy_optimizer.search import highest_rate
@@ -27,6 +27,8 @@ PERCENTILES = (50, 95, 99)
 _LOWEST_RATE_RPS = 1e-6
 _MEAN_PRECISION = 1e-3
 _REPLAY_PRECISION = 1e-2
+_TRIED = 3
+"""Plans that are replayed at each rate that is tried for a percentile."""
 
 
 def optimize_rate(
@@ -54,7 +56,7 @@ def optimize_rate(
     )
     high, _ = highest_rate(workload, profiles, cluster, max_utilisation=max_utilisation, requirements=requirements)
     low = _LOWEST_RATE_RPS
-    plans = asked.plans(low)
+    plans = asked.plans(low, most=1 if percentile is None else _TRIED)
     if not plans:
         raise ScepsyError(
             explain_no_plan(
@@ -165,7 +167,7 @@ class _Asked:
     def precision(self) -> float:
         return _MEAN_PRECISION if self.percentile is None else _REPLAY_PRECISION
 
-    def plans(self, rate_rps: float, max_units: int | None = None) -> tuple[Plan, ...]:
+    def plans(self, rate_rps: float, max_units: int | None = None, *, most: int) -> tuple[Plan, ...]:
         return find_plans(
             self.workload,
             self.profiles,
@@ -175,6 +177,7 @@ class _Asked:
             max_utilisation=self.max_utilisation,
             requirements=self.requirements,
             provenance=self.provenance,
+            most=most,
         )
 
     def replayed(self, plan: Plan) -> Plan:
@@ -196,12 +199,15 @@ class _Asked:
         return float({50: replay.p50_s, 95: replay.p95_s, 99: replay.p99_s}[self.percentile])
 
     def within(self, rate_rps: float, max_units: int | None = None) -> bool:
-        return any(self.value_s(plan) <= self.limit_s for plan in self.plans(rate_rps, max_units))
+        # By its mean the first is the best; by a percentile another one may be.
+        most = 1 if self.percentile is None else _TRIED
+        return any(self.value_s(plan) <= self.limit_s for plan in self.plans(rate_rps, max_units, most=most))
 
     def answer(self, rate_rps: float, max_units: int | None = None) -> Plan:
         """The best of the plans within the limit: by percentile, else by replayed mean, else by mean."""
-        plans = self.plans(rate_rps, max_units)
-        if self.percentile is not None or self.replay_seed is not None:
+        is_replayed = self.percentile is not None or self.replay_seed is not None
+        plans = self.plans(rate_rps, max_units, most=MAX_REPLAYED if is_replayed else 1)
+        if is_replayed:
             plans = tuple(self.replayed(plan) for plan in plans)
         kept = [plan for plan in plans if self.value_s(plan) <= self.limit_s]
         return min(kept, key=self.value_s) if self.percentile is not None else least_replayed(kept)

@@ -87,12 +87,17 @@ class Requirements:
     """All requirements on a plan, by LLM and by workflow. What is not named is free.
 
     With `spread` the replicas of an LLM sit on different nodes as far as there is room, so that the failure of one node
-    takes few of them.
+    takes few of them. The whole plan takes at most `max_nodes` nodes.
     """
 
     llms: Mapping[str, LLMRequirements] = field(default_factory=dict)
     workflows: Mapping[str, WorkflowRequirements] = field(default_factory=dict)
     spread: bool = False
+    max_nodes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_nodes is not None and self.max_nodes < 1:
+            raise ScepsyError(f"requirements: max_nodes {self.max_nodes} must be at least 1")
 
     def of_llm(self, llm: str) -> LLMRequirements:
         """The requirements of one LLM."""
@@ -201,7 +206,15 @@ def check_requirements(plan: Plan, requirements: Requirements) -> list[str]:
     return [
         *(line for llm, required in requirements.llms.items() for line in _broken_by_llm(plan, llm, required)),
         *_broken_limits(plan, requirements),
+        *_broken_by_nodes(plan, requirements),
     ]
+
+
+def _broken_by_nodes(plan: Plan, requirements: Requirements) -> list[str]:
+    nodes = {slot.node for part in plan.llms for slot in part.slots}
+    if requirements.max_nodes is None or len(nodes) <= requirements.max_nodes:
+        return []
+    return [f"the plan is on {len(nodes)} nodes, at most {requirements.max_nodes} are allowed"]
 
 
 def _broken_by_llm(plan: Plan, llm: str, required: LLMRequirements) -> list[str]:

@@ -8,8 +8,10 @@ tangents is found by branch and bound (`branching.py`), until the bound and the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,14 +23,17 @@ from scepsy_optimizer.allocation import (
     Ints,
     Option,
     OptionTable,
+    ReplicaKind,
     evaluate_groups,
+    kind_of,
     table_of,
 )
 from scepsy_optimizer.branching import minimise
-from scepsy_optimizer.cluster import Cluster
+from scepsy_optimizer.cluster import Cluster, parts_of
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.makespans import Makespans
 from scepsy_optimizer.master import Problem, can_pack
+from scepsy_optimizer.neighbours import neighbours
 from scepsy_optimizer.options import Offer, capacity_by_units, list_counts, list_options, make_offer
 from scepsy_optimizer.profile import LLMProfile, Profiles, profiles_of
 from scepsy_optimizer.requirements import (
@@ -40,11 +45,15 @@ from scepsy_optimizer.requirements import (
     max_units_of,
     objective_weights,
 )
+from scepsy_optimizer.room import Room, room_of, undominated
 from scepsy_optimizer.workload import LLMDemand, Workload
+
+T = TypeVar("T")
 
 _GAP_GOAL = 1e-4
 _MAX_GROUPS = 10
-_KEPT_CANDIDATES = 10
+_NEAR = 0.05
+"""How much slower than the best a candidate may be, as a part of its latency."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +66,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Allocation:
-    """The best candidates that the search met, best first, and a proven lower bound on the latency of any allocation.
+    """The best candidate, others near it that differ in replicas, and a proven lower bound on any allocation's latency.
 
     The bound is for what is minimised: the mean latency, workflows weighted as required.
     """
@@ -85,12 +94,14 @@ def find_allocation(
     max_units: int | None = None,
     max_utilisation: float = MAX_UTILISATION,
     requirements: Requirements = NO_REQUIREMENTS,
+    most: int = 1,
 ) -> Allocation | None:
-    """The allocation of least mean latency at `rate_rps` executions per second on the cluster.
+    """The allocation of least mean latency at `rate_rps` executions per second on the cluster, and others near it.
 
     The requirements weigh the workflows in that mean, limit the mean latency of each, and what each LLM may get. With
-    `max_units` it takes at most that many tenths of a device, of all device types together. Returns None where
-    no allocation carries the rate within the requirements. Raises ScepsyError for a rate that is not positive or an
+    `max_units` it takes at most that many tenths of a device, of all device types together. There are up to `most`
+    candidates, within five per cent of the best one. Returns None where no allocation carries the rate within the
+    requirements. Raises ScepsyError for a rate that is not positive or an
     LLM without a profile.
     """
     _check(workload, profiles, rate_rps)
@@ -105,7 +116,9 @@ def find_allocation(
     )
     if tables is None:
         return None
-    return choose(workload, Makespans(workload), cluster, tables, max_units=max_units, requirements=requirements)
+    return choose(
+        workload, Makespans(workload), cluster, tables, max_units=max_units, requirements=requirements, most=most
+    )
 
 
 def choose(
@@ -116,6 +129,7 @@ def choose(
     *,
     max_units: int | None = None,
     requirements: Requirements = NO_REQUIREMENTS,
+    most: int = 1,
 ) -> Allocation | None:
     """The best option of each LLM from tables that are there already, such as those of a larger budget.
 
@@ -123,12 +137,20 @@ def choose(
     """
     groups = _group(workload, requirements)
     offered = [tables[llm] for llm in makespans.llms]
-    units, budgets = _budgets([_units_by_type(table, cluster) for table in offered], cluster, max_units)
-    shapes, rooms = _domain_budgets(offered, cluster)
+    room = room_of(cluster, (kind for table in offered for kind in table.kinds), max_units)
+
+    def is_possible(rows: tuple[int, ...]) -> bool:
+        replicas: Counter[ReplicaKind] = Counter()
+        for table, row in zip(offered, rows, strict=True):
+            replicas.update(dict(zip(table.kinds, table.counts[row].tolist(), strict=True)))
+        return room.holds(replicas)
+
     problem = Problem(
         speeds=[table.speeds for table in offered],
-        units=[np.column_stack([taken, shape]) for taken, shape in zip(units, shapes, strict=True)],
-        budgets=np.concatenate([budgets, rooms]),
+        units=[room.taken(table.kinds, table.counts) for table in offered],
+        budgets=room.budgets,
+        areas=len(cluster.device_types),
+        accepts=is_possible,
         group_weights=groups.weights,
         limited=groups.limited,
         limits_s=groups.limits_s,
@@ -143,14 +165,26 @@ def choose(
     found = minimise(problem, retime, gap=_GAP_GOAL)
     if not found.choices:
         return None
+    choices = [found.choices[0]]
+    if most > 1:
+        labels = [_replicas_alike(table) for table in offered]
+        choices = neighbours(problem, retime, choices[0][1], labels, within=_NEAR, most=most)
     candidates = tuple(
         Candidate(
             options={llm: table.option(row) for llm, table, row in zip(makespans.llms, offered, rows, strict=True)},
             latency_s=latency_s,
         )
-        for latency_s, rows in found.choices[:_KEPT_CANDIDATES]
+        for latency_s, rows in choices
     )
     return Allocation(candidates=candidates, lower_bound_s=found.lower_bound_s)
+
+
+def _replicas_alike(table: OptionTable) -> Ints:
+    """The same number for options of as many groups of each size and as many fractions, whatever these are."""
+    whole = np.array([kind.fraction == 1 for kind in table.kinds])
+    shapes = np.column_stack([table.counts[:, whole], table.counts[:, ~whole].sum(axis=1)])
+    labels: Ints = np.unique(shapes, axis=0, return_inverse=True)[1].ravel()
+    return labels
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -231,6 +265,7 @@ def list_tables(
             calls_rps=calls_rps,
             max_units=int(fewest[demand.llm] + spare),
             max_utilisation=max_utilisation,
+            min_replicas=required.min_replicas,
         )
         tables[demand.llm] = table.select(admitted_rows(required, cluster, replicas=table.replicas, units=table.units))
         if len(tables[demand.llm]) == 0:
@@ -249,36 +284,104 @@ def highest_rate(
 ) -> tuple[float, str]:
     """The highest rate of executions that some allocation carries, and the LLM that is the bottleneck there.
 
-    Exact to one part in a million: each LLM is given the fewest units that carry the rate. Raises ScepsyError where
-    the LLMs do not even fit at the lowest rate.
+    Exact to one part in a million, where packing is what its linear rows say. Raises ScepsyError where the LLMs do not
+    even fit at the lowest rate.
     """
     _check(workload, profiles, 1.0)
-    if len(cluster.device_types) > 1:
-        return _highest_rate_over_types(workload, profiles, cluster, max_units, max_utilisation, requirements)
-    units = budget_units(cluster, max_units)
-    offers = _offers(workload, profiles, cluster, requirements)
-    needs = _unit_needs(workload, offers, cluster, max_utilisation, requirements)
-    visits = {demand.llm: demand.visits for demand in workload.demands}
+    if requirements.max_nodes is not None and requirements.max_nodes < len(cluster.nodes):
+        free = replace(requirements, max_nodes=None)
 
-    def need(rate_rps: float) -> float:
-        return sum(needs[llm](rate_rps * visits[llm]) for llm in needs)
-
-    if need(0.0) > units:
-        floors = {llm: needs[llm](0.0) / UNITS_PER_DEVICE for llm in needs}
-        if homeless := [llm for llm, least in floors.items() if least == float("inf")]:
-            raise ScepsyError(
-                f"{', '.join(homeless)} does not fit at any profiled tensor parallelism up to "
-                f"{cluster.largest_domain}: use devices with more memory or a smaller model"
+        def highest(part: Cluster) -> tuple[float, str]:
+            return highest_rate(
+                workload, profiles, part, max_units=max_units, max_utilisation=max_utilisation, requirements=free
             )
-        floor = ", ".join(f"{llm} {least:g}" for llm, least in floors.items())
+
+        return max(over_parts(cluster, requirements.max_nodes, highest))
+    offers = _offers(workload, profiles, cluster, requirements)
+    units = budget_units(cluster, max_units)
+    visits = {demand.llm: demand.visits for demand in workload.demands}
+    kinds = [kind for offer in offers.values() for kind in offer.kinds]
+    kinds += [kind_of(group) for required in requirements.llms.values() for group in required.fixed]
+    room = room_of(cluster, kinds, max_units)
+    needs: dict[str, Callable[[float], float]] = {}
+    if len(cluster.device_types) == 1:
+        # Devices counted alone, without what packs: much quicker, and nearly always that is all.
+        needs = _unit_needs(workload, offers, cluster, max_utilisation, requirements)
+        _require_room(needs, units, cluster)
+
+    def fits(rates_rps: Mapping[str, float]) -> bool:
+        fewest = {llm: need(rates_rps[llm] * visits[llm]) for llm, need in needs.items()}
+        if sum(fewest.values()) > units:
+            return False
+        taken = []
+        for demand in workload.demands:
+            most = max_units_of(requirements.of_llm(demand.llm), cluster)
+            if needs:
+                # What takes a device more than it must is never what makes room.
+                most = min(most, int(fewest[demand.llm]) + UNITS_PER_DEVICE)
+            offer, required = offers[demand.llm], requirements.of_llm(demand.llm)
+            needed_rps = rates_rps[demand.llm] * demand.visits / max_utilisation
+            taken.append(_least_taken(demand, offer, room, needed_rps, most, required))
+        return all(len(rows) for rows in taken) and can_pack(taken, room.budgets)
+
+    def at(rate_rps: float) -> dict[str, float]:
+        return dict.fromkeys(visits, rate_rps)
+
+    if needs:
+        low, high = _limit_of(lambda rate_rps: sum(needs[llm](rate_rps * visits[llm]) for llm in needs) <= units)
+        if fits(at(low)):
+            # Past the limit, the LLM that asks for more units than at it is the one in the way.
+            steps = {llm: needs[llm](high * 1.000001 * visits[llm]) - needs[llm](low * visits[llm]) for llm in needs}
+            return low, max(steps, key=lambda llm: steps[llm])
+    if not fits(at(0.0)):
         raise ScepsyError(
-            f"the LLMs do not fit into {units / UNITS_PER_DEVICE:g} devices even without load; least devices: {floor}. "
-            "Use a larger cluster or smaller models"
+            f"the LLMs do not fit into {units / UNITS_PER_DEVICE:g} {cluster.device_type} even without load: use a "
+            "larger cluster or smaller models"
         )
-    low, high = _limit_of(lambda rate_rps: need(rate_rps) <= units)
-    # Past the limit, the LLM that asks for more units than at it is the one in the way.
-    steps = {llm: needs[llm](high * 1.000001 * visits[llm]) - needs[llm](low * visits[llm]) for llm in needs}
-    return low, max(steps, key=lambda llm: steps[llm])
+    low, high = _limit_of(lambda rate_rps: fits(at(rate_rps)))
+    in_the_way = [llm for llm in visits if not fits(at(low) | {llm: high})]
+    return low, (in_the_way or list(visits))[0]
+
+
+def over_parts(cluster: Cluster, nodes: int, ask: Callable[[Cluster], T]) -> list[T]:
+    """What `ask` answers about each part of so many nodes; raises its ScepsyError where it has no answer about any."""
+    answers, refused = [], None
+    for part in parts_of(cluster, nodes):
+        try:
+            answers.append(ask(part))
+        except ScepsyError as error:
+            refused = refused or error
+    if refused is not None and not answers:
+        raise refused
+    return answers
+
+
+def _require_room(needs: Mapping[str, Callable[[float], float]], units: int, cluster: Cluster) -> None:
+    """Raise ScepsyError where the LLMs take more tenths of a device than there are, even without load."""
+    floors = {llm: need(0.0) / UNITS_PER_DEVICE for llm, need in needs.items()}
+    if sum(floors.values()) * UNITS_PER_DEVICE <= units:
+        return
+    if homeless := [llm for llm, least in floors.items() if least == float("inf")]:
+        raise ScepsyError(
+            f"{', '.join(homeless)} does not fit at any profiled tensor parallelism up to "
+            f"{cluster.largest_domain}: use devices with more memory or a smaller model"
+        )
+    floor = ", ".join(f"{llm} {least:g}" for llm, least in floors.items())
+    raise ScepsyError(
+        f"the LLMs do not fit into {units / UNITS_PER_DEVICE:g} devices even without load; least devices: {floor}. "
+        "Use a larger cluster or smaller models"
+    )
+
+
+def _least_taken(
+    demand: LLMDemand, offer: Offer, room: Room, needed_rps: float, max_units: int, required: LLMRequirements
+) -> Ints:
+    """What those options of an LLM take that carry a rate of calls, but for those that take more than another."""
+    if required.fixed:
+        table = table_of(demand, offer.profiles, required.fixed, calls_rps=1e-9, max_utilisation=1.0)
+        return room.taken(table.kinds, table.counts)[table.max_rps >= needed_rps * (1 - 1e-9)]
+    counts = list_counts(offer, needed_rps=needed_rps, max_units=max_units, min_replicas=required.min_replicas)
+    return undominated(np.unique(room.taken(offer.kinds, counts), axis=0))
 
 
 def _limit_of(is_reached: Callable[[float], bool]) -> tuple[float, float]:
@@ -295,97 +398,6 @@ def _limit_of(is_reached: Callable[[float], bool]) -> tuple[float, float]:
         if high - low <= 1e-6 * high:
             break
     return low, high
-
-
-def _highest_rate_over_types(
-    workload: Workload,
-    profiles: Profiles,
-    cluster: Cluster,
-    max_units: int | None,
-    max_utilisation: float,
-    requirements: Requirements,
-) -> tuple[float, str]:
-    """`highest_rate` where devices of one type do not stand for those of another."""
-    visits = {demand.llm: demand.visits for demand in workload.demands}
-    whole = budget_units(cluster, max_units)
-    offers = _offers(workload, profiles, cluster, requirements)
-
-    def is_reached(rates_rps: Mapping[str, float]) -> bool:
-        taken = []
-        for demand in workload.demands:
-            required = requirements.of_llm(demand.llm)
-            offer = offers[demand.llm]
-            needed_rps = rates_rps[demand.llm] * demand.visits / max_utilisation
-            if required.fixed:
-                table = table_of(demand, offer.profiles, required.fixed, calls_rps=1e-9, max_utilisation=1.0)
-                if table.max_rps[0] < needed_rps * (1 - 1e-9):
-                    return False
-                taken.append(_units_by_type(table, cluster))
-                continue
-            counts = list_counts(offer, needed_rps=needed_rps, max_units=min(whole, max_units_of(required, cluster)))
-            units = offer.units_by_type(counts)
-            admitted = admitted_rows(required, cluster, replicas=counts.sum(axis=1), units=units.sum(axis=1))
-            if not admitted.any():
-                return False
-            taken.append(np.unique(units[admitted], axis=0))
-        taken, budgets = _budgets(taken, cluster, max_units)
-        return can_pack(taken, budgets)
-
-    def at(rate_rps: float) -> dict[str, float]:
-        return dict.fromkeys(visits, rate_rps)
-
-    if not is_reached(at(0.0)):
-        raise ScepsyError(
-            f"the LLMs do not fit into {whole / UNITS_PER_DEVICE:g} {cluster.device_type} even without load: use a "
-            "larger cluster or smaller models"
-        )
-    low, high = _limit_of(lambda rate_rps: is_reached(at(rate_rps)))
-    in_the_way = [llm for llm in visits if not is_reached(at(low) | {llm: high})]
-    return low, (in_the_way or list(visits))[0]
-
-
-def _units_by_type(table: OptionTable, cluster: Cluster) -> Ints:
-    """Tenths of a device that each option takes, a column per device type."""
-    types = cluster.device_types if len(cluster.device_types) > 1 else ("",)
-    return np.column_stack([table.units_of(name) for name in types])
-
-
-def _budgets(units: list[Ints], cluster: Cluster, max_units: int | None) -> tuple[list[Ints], Ints]:
-    """What options take of each budget, and the budgets: one per device type, and one for all where that is less."""
-    limits = [cluster.devices_of(name) * UNITS_PER_DEVICE for name in cluster.device_types]
-    whole = budget_units(cluster, max_units)
-    if len(limits) == 1:
-        limits = [whole]
-    elif whole < sum(limits):
-        units = [np.column_stack([columns, columns.sum(axis=1)]) for columns in units]
-        limits.append(whole)
-    return units, np.array(limits)
-
-
-def _domain_budgets(tables: Sequence[OptionTable], cluster: Cluster) -> tuple[list[Ints], Ints]:
-    """What options take of fast-link domains that groups do not fill, and what there is, a column per type and size.
-
-    Groups of `size` devices and larger ones, counted by how many of that size they could be, may be as many as the
-    domains hold. Where every size divides the next larger one, whatever keeps to that for each size can be placed.
-    """
-    kinds = {(kind.device_type or cluster.device_type, kind.tensor_parallel_size) for t in tables for kind in t.kinds}
-    binding = [
-        (device_type, size)
-        for device_type, size in sorted(kinds)
-        if 0 < cluster.groups_of(device_type, size) * size < cluster.devices_of(device_type)
-    ]
-    taken = []
-    for table in tables:
-        each = [
-            [
-                kind.tensor_parallel_size // size if (kind.device_type or cluster.device_type) == device_type else 0
-                for device_type, size in binding
-            ]
-            for kind in table.kinds
-        ]
-        columns: Ints = table.counts @ np.array(each, dtype=int).reshape(len(table.kinds), len(binding))
-        taken.append(columns)
-    return taken, np.array([cluster.groups_of(*one) for one in binding], dtype=int)
 
 
 def _offers(workload: Workload, profiles: Profiles, cluster: Cluster, requirements: Requirements) -> dict[str, Offer]:

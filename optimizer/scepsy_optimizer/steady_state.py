@@ -32,10 +32,9 @@ def replay_steady_state(
     if plan.prediction is None or not np.isfinite(plan.prediction.latency_s):
         return None
     latency_s = plan.prediction.latency_s
-    calls = sum(demand.visits for demand in workload.demands)
-    count = steady_span(plan.rate_rps, latency_s)
-    if count * calls > max_calls:
+    if replayed_calls(plan, workload) > max_calls:
         return None
+    count = steady_span(plan.rate_rps, latency_s)
     arrivals_s = poisson_arrivals_s(rng, rate_rps=plan.rate_rps, executions=count)
     timelines = [workload.timelines[index] for index in sample_executions(workload, rng, count)]
     replayed = replay(plan, profiles, timelines, arrivals_s)
@@ -46,6 +45,14 @@ def replay_steady_state(
     return ReplayedLatency(
         mean_s=float(found.mean()), p50_s=p50_s, p95_s=p95_s, p99_s=p99_s, executions=int(counted.sum())
     )
+
+
+def replayed_calls(plan: Plan, workload: Workload) -> float:
+    """How many calls a replay of the plan takes; 0 where it has no prediction to start from."""
+    if plan.prediction is None:
+        return 0.0
+    each = sum(demand.visits for demand in workload.demands)
+    return each * steady_span(plan.rate_rps, plan.prediction.latency_s)
 
 
 def steady_span(rate_rps: float, latency_s: float) -> int:

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scepsy_optimizer.allocation import Choice, even_split
+from scepsy_optimizer.allocation import Choice
+from scepsy_optimizer.baselines import even_split
 from scepsy_optimizer.cluster import Cluster, Node, parse_cluster
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.placement import check_placement, place

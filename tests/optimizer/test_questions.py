@@ -161,14 +161,15 @@ def test_limits_of_workflows_bound_the_highest_rate(workload, profiles):
         optimize_rate(workload, profiles, CLUSTER, requirements=hopeless)
 
 
-def test_groups_that_fit_no_domain_are_told(workload, make_profile):
+def test_the_highest_rate_is_of_groups_that_fit_into_domains(workload, make_profile):
     """Two domains of three devices hold one pair each, however many pairs six devices make."""
     nodes = tuple(
         Node(name=f"n{i}", device_type="H100", devices=3, memory_gib=80, nvlink_domains=((0, 1, 2),)) for i in range(2)
     )
     pairs = {llm: make_profile(llm, sizes=(2,)) for llm in "ab"}
     rate = optimize(workload, pairs, Cluster(nodes=nodes), rate_rps=1.0).prediction.max_rate_rps
-    with pytest.raises(ScepsyError, match="fit on 6 H100 by number, but their groups do not fit into its nodes"):
+    assert highest_rate(workload, pairs, Cluster(nodes=nodes))[0] == pytest.approx(rate, rel=2e-6)
+    with pytest.raises(ScepsyError, match=f"out of reach on 6 H100: the highest is {rate:.3g}/s, limited by 'a'"):
         optimize(workload, pairs, Cluster(nodes=nodes), rate_rps=rate * 1.5)
 
 

@@ -1,6 +1,7 @@
 """The search against exhaustive enumeration, HiGHS, and its own certificate."""
 
 import itertools
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -8,14 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scepsy_optimizer.allocation import even_split
+from scepsy_optimizer.baselines import even_split
 from scepsy_optimizer.cluster import Cluster, parse_cluster
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.makespans import Makespans
 from scepsy_optimizer.pipeline import build_pipeline, paper_latency_s, workflow_latencies_s
+from scepsy_optimizer.placement import place
 from scepsy_optimizer.replica import CallSpeed
 from scepsy_optimizer.requirements import NO_REQUIREMENTS, Requirements, WorkflowRequirements, objective_weights
-from scepsy_optimizer.search import find_allocation, highest_rate, list_tables
+from scepsy_optimizer.search import choose, find_allocation, highest_rate, list_tables
 from scepsy_optimizer.workload import aggregate
 
 
@@ -130,6 +132,67 @@ def test_two_device_types_share_an_llm_where_that_is_best(pair, profiles, load):
         assert sum(group.units for group in groups if group.device_type == device_type) <= most
 
 
+def packs(items, left):
+    """Whether items of some tenths fit into devices with so many left, by trying all of them."""
+    if not items:
+        return True
+    places = {free: index for index, free in enumerate(left) if free >= items[0]}
+    return any(packs(items[1:], [*left[:index], free - items[0], *left[index + 1 :]]) for free, index in places.items())
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), load=st.sampled_from([0.3, 0.7, 0.95, 1.0]), devices=st.integers(1, 3))
+def test_of_any_tenths_it_takes_the_best_that_can_be_packed(pair, profiles, seed, load, devices):
+    """From a few options of each LLM; devices of ten tenths are filled by trying everything."""
+    cluster = parse_cluster(f"{devices}xH100")
+    rate = load * highest_rate(pair, profiles, cluster)[0]
+    rng = np.random.default_rng(seed)
+    tables = {
+        llm: table.select(rng.permutation(len(table))[:60])
+        for llm, table in list_tables(pair, profiles, cluster, rate_rps=rate).items()
+    }
+    makespans = Makespans(pair)
+    best = float("inf")
+    for rows in itertools.product(*(range(len(tables[llm])) for llm in makespans.llms)):
+        picked = [(tables[llm], row) for llm, row in zip(makespans.llms, rows, strict=True)]
+        items = []
+        for table, row in picked:
+            for kind, count in zip(table.kinds, table.counts[row], strict=True):
+                items += [kind.units] * count
+        if sum(items) > 10 * devices:
+            continue
+        # A group of whole devices empties as many of them.
+        whole = sum(item for item in items if item >= 10) // 10
+        if packs(sorted((item for item in items if item < 10), reverse=True), [10] * (devices - whole)):
+            found = makespans.makespans_s(np.array([table.speeds[row] for table, row in picked]))
+            best = min(best, float(np.array(pair.weights) @ found))
+    found = choose(pair, makespans, cluster, tables)
+    assert (found is None) == (best == float("inf"))
+    if found is not None:
+        assert found.lower_bound_s <= best * (1 + 1e-9)
+        assert best * (1 - 1e-9) <= found.latency_s <= best * (1 + 1.01e-4)
+        assert place({llm: option.groups for llm, option in found.options.items()}, cluster) is not None
+
+
+def test_candidates_are_near_the_best_and_differ_in_replicas(pair, profiles):
+    cluster = parse_cluster("2x2xH100")
+    found = find_allocation(pair, profiles, cluster, rate_rps=4.0, most=6)
+    assert found == replace(found, candidates=tuple(sorted(found.candidates, key=lambda one: one.latency_s)))
+    assert len(found.candidates) > 2
+    assert found.candidates[-1].latency_s <= found.latency_s * 1.05
+    seen = set()
+    for candidate in found.candidates:
+        groups = {llm: option.groups for llm, option in candidate.options.items()}
+        assert place(groups, cluster) is not None
+        speeds = {llm: option.speed for llm, option in candidate.options.items()}
+        assert candidate.latency_s == pytest.approx(build_pipeline(pair, speeds).built_latency_s)
+        replicas = Counter()
+        for llm, one in ((name, group) for name, mine in groups.items() for group in mine):
+            replicas[llm, one.tensor_parallel_size if one.fraction == 1 else "fractions"] += one.replicas
+        seen.add(frozenset(replicas.items()))
+    assert len(seen) == len(found.candidates)
+
+
 def slower(steps):
     return replace(
         steps,
@@ -217,7 +280,7 @@ def test_even_split_gives_equal_parts(profiles, make_profile):
     assert {llm: choice.units for llm, (choice,) in split.items()} == {"a": 30, "b": 30, "c": 20}
     big = {"a": make_profile("a", weights_gib=130.0)}
     assert even_split(["a"], big, devices=4, max_tensor_parallel_size=4)["a"][0].tensor_parallel_size == 2
-    with pytest.raises(ScepsyError, match="needs a device for each of 3 LLMs"):
+    with pytest.raises(ScepsyError, match=r"needs at least 3 for a \(1\), b \(1\), c \(1\); the cluster has 2"):
         even_split(["a", "b", "c"], profiles, devices=2, max_tensor_parallel_size=2)
-    with pytest.raises(ScepsyError, match="does not fit into its even part"):
+    with pytest.raises(ScepsyError, match="'a' .* does not fit at any tensor parallelism up to 1"):
         even_split(["a"], big, devices=1, max_tensor_parallel_size=1)

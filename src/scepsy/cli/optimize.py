@@ -73,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep", action="append", default=[], metavar="LLM", help="give it exactly what it has in the old plan"
     )
     respected.add_argument("--spread", action="store_true", help="replicas of an LLM on different nodes")
+    respected.add_argument("--max-nodes", type=int, metavar="N", help="the whole plan on at most so many nodes")
     respected.add_argument(
         "--weight",
         action="append",
@@ -218,4 +219,5 @@ def _requirements(args: argparse.Namespace, old: Plan | None) -> Requirements:
     for workflow, limit_s in parse_numbers("--limit", args.limit).items():
         before = workflows.get(workflow, found.of_workflow(workflow))
         workflows[workflow] = replace(before, latency_limit_s=limit_s)
-    return Requirements(llms=llms, workflows=workflows, spread=found.spread or args.spread)
+    most = found.max_nodes if args.max_nodes is None else args.max_nodes
+    return Requirements(llms=llms, workflows=workflows, spread=found.spread or args.spread, max_nodes=most)

@@ -12,7 +12,7 @@ from scepsy.deployment import deploy
 from scepsy.files import save_plan
 from scepsy.inputs import provenance, resolve_cluster, resolve_profiles
 from scepsy.traces import read_executions
-from scepsy_optimizer.allocation import even_split
+from scepsy_optimizer.baselines import even_split
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.plan import Plan
 from scepsy_optimizer.planner import hand_made_plan, optimize, predict
