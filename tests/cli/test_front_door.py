@@ -87,10 +87,12 @@ def test_words_that_are_wrong_get_one_line_with_the_way_out(capsys, words, told)
 
 
 def test_a_missing_extra_is_one_line_that_installs_it(capsys, monkeypatch):
-    monkeypatch.delitem(sys.modules, "scepsy.doctor", raising=False)
-    monkeypatch.setitem(sys.modules, "psutil", None)
-    assert main(["doctor"]) == 2
-    assert capsys.readouterr().err == "scepsy doctor: psutil is not installed: pip install 'scepsy[deploy]'\n"
+    def run(_args, _console):
+        raise ModuleNotFoundError("No module named 'aiohttp'", name="aiohttp.web")
+
+    monkeypatch.setattr("scepsy.cli.stop.run", run)
+    assert main(["stop"]) == 2
+    assert capsys.readouterr().err == "scepsy stop: aiohttp is not installed: pip install 'scepsy[deploy]'\n"
 
 
 def test_a_file_that_may_not_be_read_is_one_line(capsys, monkeypatch, tmp_path):

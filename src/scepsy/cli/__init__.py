@@ -37,7 +37,7 @@ COMMANDS = (
 
 # Modules that come with an extra, for those that are missed without a word of their own.
 _EXTRAS: Final = {
-    **dict.fromkeys(("aiohttp", "prometheus_client", "psutil", "pynvml", "uvloop"), "deploy"),
+    **dict.fromkeys(("aiohttp", "httptools", "orjson", "prometheus_client", "psutil", "pynvml", "uvloop"), "deploy"),
     "aiconfigurator_core": "estimate",
     "kubernetes": "kubernetes",
     "ray": "ray",
@@ -94,10 +94,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{shown}: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        package = (error.name or "").partition(".")[0]
+        extra = _EXTRAS.get(package)
         if extra is None:
             raise
-        print(f"{shown}: {error.name} is not installed: pip install 'scepsy[{extra}]'", file=sys.stderr)
+        print(f"{shown}: {package} is not installed: pip install 'scepsy[{extra}]'", file=sys.stderr)
         return 2
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
