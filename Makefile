@@ -7,7 +7,7 @@ OLDEST_VENV := .venv-oldest
 NEWEST_VENV := .venv-newest
 OLDEST := tests/integrations/oldest.txt
 # What capture's tests import, beside Scepsy itself: the frameworks with their clients, and the tools.
-CAPTURE_TESTS_NEED := '.[langchain,llama-index,openai,otlp]' aiohttp hypothesis langchain-openai langgraph \
+CAPTURE_TESTS_NEED := '.[langchain,llama-index,openai,otlp]' aiohttp billiard hypothesis langchain-openai langgraph \
   opentelemetry-instrumentation pytest pytest-asyncio pytest-xdist
 TESTS ?= tests
 WORKERS ?= 2
