@@ -8,7 +8,7 @@ NEWEST_VENV := .venv-newest
 LOWEST_VENV := .venv-lowest
 OLDEST := tests/integrations/oldest.txt
 # What capture's tests import, beside Scepsy itself: the frameworks with their clients, and the tools.
-CAPTURE_TESTS_NEED := '.[langchain,llama-index,openai,otlp]' aiohttp hypothesis langchain-openai langgraph \
+CAPTURE_TESTS_NEED := '.[langchain,llama-index,openai,otlp]' aiohttp billiard hypothesis langchain-openai langgraph \
   opentelemetry-instrumentation pytest pytest-asyncio pytest-xdist
 # The lowest versions of everything but the frameworks, whose oldest ones test-versions has.
 LOWEST_TESTS_NEED := hypothesis ortools pytest pytest-asyncio pytest-xdist scipy simpy

@@ -180,7 +180,7 @@ def test_uninstrument_restores_everything():
     def state():
         root = get_dispatcher()
         clients = (openai.OpenAI, openai.AsyncOpenAI)
-        names = ("request", "_sleep_for_retry", "_process_response")
+        names = ("request", "_prepare_request", "_sleep_for_retry", "_process_response")
         return (
             [vars(client).get(name) for client in clients for name in names],
             [{**vars(kind)} for kind in vars(manager).values() if isinstance(kind, type)],

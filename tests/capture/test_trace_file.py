@@ -248,6 +248,28 @@ def test_children_of_multiprocessing_lose_nothing_at_their_exit(tmp_path, method
     assert len(spans(tmp_path)) == 3
 
 
+def test_workers_of_celerys_pools_lose_nothing_at_their_exit(tmp_path):
+    done = run(
+        """
+        import scepsy
+        scepsy.instrument()
+        @scepsy.workflow
+        def work(index): ...
+        import billiard, billiard.pool
+        before = billiard.pool.Worker._do_exit
+        pool = billiard.Pool(2, maxtasksperchild=2)
+        pool.map(work, range(8), chunksize=1)
+        pool.close()
+        pool.join()
+        scepsy.uninstrument()
+        assert before is not billiard.pool.Worker._do_exit
+        """,
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [span["name"] for span in spans(tmp_path)] == ["invoke_workflow work"] * 8
+
+
 def test_a_directory_that_cannot_be_written_is_one_clear_error(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")

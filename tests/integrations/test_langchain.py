@@ -199,6 +199,22 @@ def test_a_streamed_model_without_http_has_its_time_to_first_token(recorded):
     assert attributes[semconv.REQUEST_STREAM] is True
 
 
+@pytest.mark.skipif(not hasattr(BaseChatModel, "stream_events"), reason="this LangChain streams no events")
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_stream_of_events_has_its_time_to_first_token(recorded, by_hand):
+    given = {}
+    if by_hand:
+        scepsy.uninstrument()
+        scepsy.capture.recorder.use(recorded.provider)
+        given = {"callbacks": [ScepsyCallbackHandler()]}
+    model = FakeListChatModel(responses=["answer"], sleep=0.01)
+    for _ in model.stream_events("q", version="v3", config=given):
+        pass
+    call = recorded.call
+    assert 0 < call.attributes[semconv.TIME_TO_FIRST_CHUNK_S] < (call.end_time - call.start_time) / 1e9
+    assert call.attributes[semconv.REQUEST_STREAM] is True
+
+
 def test_completions_and_embeddings_over_http(recorded, server):
     OpenAI(model="c", base_url=server.url, api_key="key", **server.http_clients()).invoke("hi")
 

@@ -339,12 +339,12 @@ async def test_an_async_stream_that_is_left(recorded, server, aclient):
 
 
 async def test_a_cancelled_call(recorded, server, aclient):
+    begin_ns = time.time_ns()
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(aclient.chat.completions.create(model="slow", messages=MESSAGES), 0.05)
     call = recorded.call
     assert call.attributes[semconv.OUTCOME] == "cancelled"
-    assert call.end_time < time.time_ns() + CLOCK_NS
-    assert (call.end_time - call.start_time) / 1e9 > 0.04
+    assert begin_ns + 40_000_000 < call.end_time < time.time_ns() + CLOCK_NS
 
 
 async def test_a_stream_cancelled_while_it_is_read(recorded, server, aclient):

@@ -145,6 +145,11 @@ class ScepsyCallbackHandler(BaseCallbackHandler):
         runs.receive(run_id)
 
     @harmless
+    def on_stream_event(self, event: Any, *, run_id: UUID, **kwargs: Any) -> None:
+        """Something has come of an answer that is streamed as events, as newer LangChains can."""
+        runs.receive_event(run_id, event)
+
+    @harmless
     def on_llm_end(self, response: LLMResult, *, run_id: UUID, **kwargs: Any) -> None:
         """A model has answered."""
         runs.finish_call(run_id, response)
@@ -232,6 +237,7 @@ _ENDS: Final[dict[str, dict[str, Ending]]] = {
     "Retriever": {"on_retriever_end": _run_ended, "on_retriever_error": _run_failed},
     "LLM": {
         "on_llm_new_token": _piece_came,
+        "on_stream_event": _ending(runs.receive_event, "event"),
         "on_llm_end": _ending(runs.finish_call, "response"),
         "on_llm_error": _ending(runs.fail_call, "error"),
     },

@@ -20,6 +20,8 @@ Starting = Callable[[Any, Any, Any, tuple[Any, ...], dict[str, Any], Any], objec
 Ending = Callable[[Any, tuple[Any, ...], dict[str, Any]], object]
 """Called with the id of the run, and the arguments of the run manager's method."""
 
+_NEWER: Final = frozenset({"on_stream_event"})
+"""Methods that older managers lack."""
 _patches: Final[list[Patch]] = []
 
 
@@ -29,7 +31,7 @@ def hook_managers(starts: dict[str, Starting], ends: dict[str, dict[str, Ending]
     End methods are those of the managers of a run, by the run's kind as their classes name it: "LLM", "Chain".
     False, and nothing is hooked, if this LangChain's managers are not as they have always been.
     """
-    places = [*_starts(starts), *_ends(ends)]
+    places = [place for place in (*_starts(starts), *_ends(ends)) if place[1] not in _NEWER or hasattr(*place[:2])]
     if not all(_as_known(owner, name) for owner, name, _ in places):
         return False
     _patches.extend(Patch(owner, name, hook) for owner, name, hook in places)

@@ -151,6 +151,12 @@ def receive(run_id: UUID) -> None:
         handle.received()
 
 
+def receive_event(run_id: UUID, event: Any) -> None:
+    """An event of a streamed answer has come: a piece, or what frames them."""
+    if event.get("event") == "content-block-delta":
+        receive(run_id)
+
+
 def finish_call(run_id: UUID, response: LLMResult) -> None:
     """A model has answered."""
     handle = recorder.open.get(run_id.int)

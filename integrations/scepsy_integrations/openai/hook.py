@@ -1,7 +1,7 @@
 """The hook for `openai.OpenAI` and `openai.AsyncOpenAI`, versions 2 and 3, Azure included.
 
-All endpoints, sync or async, parsed, raw or streamed, go through the client's `request`: this, the pause between two
-attempts and the moment before the answer is parsed are what is hooked.
+All endpoints, sync or async, parsed, raw or streamed, go through the client's `request`, and every attempt through its
+`_prepare_request`: these two, the pause between attempts and the moment before the answer is parsed are what is hooked.
 """
 
 from __future__ import annotations
@@ -141,17 +141,17 @@ def _current() -> Exchange | None:
 
 
 @harmless
+def _attempt() -> None:
+    exchange = _current()
+    if exchange is not None:
+        exchange.attempt()
+
+
+@harmless
 def _backoff() -> None:
     exchange = _current()
     if exchange is not None:
         exchange.backoff()
-
-
-@harmless
-def _attempt_again() -> None:
-    exchange = _current()
-    if exchange is not None:
-        exchange.attempt()
 
 
 @harmless
@@ -201,46 +201,28 @@ def _async_request(patch: Patch) -> Method:
     return request
 
 
-def _sleep_for_retry(patch: Patch) -> Method:
-    def sleep(client: Any, *args: Any, **kwargs: Any) -> Any:
-        if not patch.on:
-            return patch.original(client, *args, **kwargs)
-        _backoff()
-        slept = patch.original(client, *args, **kwargs)
-        _attempt_again()
-        return slept
+def _telling(tell_exchange: Callable[[], object]) -> Callable[[Patch], Method]:
+    """Of a method that is called while a request is being sent: tell its exchange, then do what the method does."""
 
-    return sleep
+    def hook(patch: Patch) -> Method:
+        original = patch.original
 
+        def method(client: Any, *args: Any, **kwargs: Any) -> Any:
+            if patch.on:
+                tell_exchange()
+            return original(client, *args, **kwargs)
 
-def _async_sleep_for_retry(patch: Patch) -> Method:
-    async def sleep(client: Any, *args: Any, **kwargs: Any) -> Any:
-        if not patch.on:
-            return await patch.original(client, *args, **kwargs)
-        _backoff()
-        slept = await patch.original(client, *args, **kwargs)
-        _attempt_again()
-        return slept
+        return method
 
-    return sleep
-
-
-def _process_response(patch: Patch) -> Method:
-    original = patch.original
-
-    def process(client: Any, *args: Any, **kwargs: Any) -> Any:
-        if patch.on:
-            _arrived()
-        return original(client, *args, **kwargs)
-
-    return process
+    return hook
 
 
 def _hooks(*, asynchronous: bool) -> dict[str, Callable[[Patch], Method]]:
     return {
         "request": _async_request if asynchronous else _request,
-        "_sleep_for_retry": _async_sleep_for_retry if asynchronous else _sleep_for_retry,
-        "_process_response": _process_response,
+        "_prepare_request": _telling(_attempt),
+        "_sleep_for_retry": _telling(_backoff),
+        "_process_response": _telling(_arrived),
     }
 
 

@@ -25,7 +25,7 @@ class Exchange:
         self.handle = handle
         self.owned = owned
         self.start_ns = now_ns()
-        self.attempts = 1
+        self.attempts = 0
         self.attempt_ns = self.start_ns
         self.backoff_ns: int | None = None
         self.wasted_ns = 0
@@ -96,11 +96,10 @@ class Exchange:
             self.wait_ns += now - self.end_ns
         self.failed = False
         self.end_ns = None
-        self.attempts += 1
         self.attempt_ns = now
 
     def attempt(self) -> None:
-        """The client sends the request again."""
+        """The client sends the request, for the first time or again."""
         now = now_ns()
         self.attempts += 1
         if self.backoff_ns is not None:
@@ -162,7 +161,7 @@ class Exchange:
     def describe(self) -> None:
         """Note what the attempts and the stream have told."""
         attributes = self.handle.attributes
-        attributes[semconv.ATTEMPTS] = self.attempts
+        attributes[semconv.ATTEMPTS] = max(self.attempts, 1)
         if self.wasted_ns:
             attributes[semconv.WASTED_S] = self.wasted_ns / 1e9
         if self.wait_ns:

@@ -146,8 +146,10 @@ def _choose_destination(directory: Path | None, provider: TracerProvider | None)
     _leave_destination()
     known: Any = provider or _provider_of_application()
     if known is None or directory is not None:
+        from scepsy.capture.pools import flush_at_exit_of_workers
         from scepsy.capture.trace_file import TraceFile
 
+        flush_at_exit_of_workers()
         file = TraceFile(directory or Path(os.environ.get(TRACES_VARIABLE) or DEFAULT_DIRECTORY))
         _state.trace_file = file
         if known is None:
@@ -168,6 +170,9 @@ def _provider_of_application() -> TracerProvider | None:
 
 def _leave_destination() -> None:
     if _state.trace_file is not None:
+        from scepsy.capture.pools import restore_workers
+
+        restore_workers()
         _state.trace_file.shutdown()
     _state.trace_file = None
     _state.destination_chosen = False
