@@ -9,7 +9,7 @@ import numpy as np
 from scepsy_optimizer.allocation import evaluate_groups
 from scepsy_optimizer.pipeline import call_durations_s
 from scepsy_optimizer.plan import Plan
-from scepsy_optimizer.planner import cluster_profiles, plan_choices
+from scepsy_optimizer.planner import check_profiles, cluster_profiles, plan_choices
 from scepsy_optimizer.profile import Profiles
 from scepsy_optimizer.workload import Workload
 
@@ -31,8 +31,9 @@ def predict_latencies(
 
     Every execution is retimed with its own lengths at the mean speeds of the load, so the percentiles are those of what
     executions ask for; what chance adds (queues, bursts) is in the speeds on average only. Raises ScepsyError where the
-    plan does not serve an LLM of the workload, or an LLM has no profile or does not fit.
+    plan does not serve an LLM of the workload, or an LLM has no profile, does not fit, or has calls beyond its profile.
     """
+    check_profiles(workload, profiles, plan.cluster)
     choices = plan_choices(plan)
     speeds = {}
     for demand in workload.demands:

@@ -55,8 +55,11 @@ def test_beyond_saturation_nothing_finite_is_told(planned):
     assert predict_latencies(plan, workload, profiles, rate_rps=1e6) is None
 
 
-def test_what_the_plan_does_not_serve_is_refused(planned, make_execution):
+def test_what_the_plan_or_the_profile_does_not_know_is_refused(planned, make_execution):
     plan, _, profiles = planned
     other = aggregate([make_execution("e", [("x", 0, 1)], tokens=(9, 9))])
     with pytest.raises(ScepsyError, match="no LLM 'x'"):
-        predict_latencies(plan, other, profiles, rate_rps=1.0)
+        predict_latencies(plan, other, profiles | {"x": profiles["m"]}, rate_rps=1.0)
+    longer = aggregate([make_execution("e", [("m", 0, 1)], tokens=(40_000, 9))])
+    with pytest.raises(ScepsyError, match="reach 40,009 tokens"):
+        predict_latencies(plan, longer, profiles, rate_rps=1.0)
