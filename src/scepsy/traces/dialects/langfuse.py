@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Final
 
@@ -33,11 +34,11 @@ _READ_FROM_CACHE = (
 )
 
 
-def _kind(raw: RawSpan) -> str:
-    kind = raw.attributes[TYPE]
+def _kind(attributes: Mapping[str, Any]) -> str:
+    kind = attributes[TYPE]
     kind = kind.lower() if isinstance(kind, str) else ""
     if kind in _STEPS:
-        return STEP if raw.parent or kind == "event" else WORKFLOW
+        return STEP if kind == "event" else WORKFLOW
     return _KINDS.get(kind, STEP)
 
 
@@ -120,6 +121,8 @@ DIALECT: Final = Dialect(
     name="Langfuse",
     marks=(TYPE,),
     kind=_kind,
+    workflows_are_roots=True,
+    kind_keys=(TYPE,),
     keys=Keys(
         workflow=(TRACE_NAME,),
         model=(MODEL, "gen_ai.request.model"),
