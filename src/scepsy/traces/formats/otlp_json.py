@@ -12,6 +12,8 @@ BROKEN: Final = "spans that are not in OTLP's form"
 
 _HAS_IS_REMOTE = 0x100
 _IS_REMOTE = 0x200
+NOT_REMOTE: Final = 0x1FF
+"""Flags up to here have no bit that says that the parent is remote."""
 _LATEST_NS = 1 << 64
 _STATUS_ERROR = (2, "STATUS_CODE_ERROR")
 
