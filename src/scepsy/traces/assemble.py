@@ -6,7 +6,7 @@ client's), and the request or engine span below one is detail; both lend what th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from operator import attrgetter
 from typing import Final
 
@@ -40,6 +40,8 @@ STOPPED_CALL: Final = "calls that were abandoned before anything was counted (th
 CACHED_CALL: Final = "calls answered from the framework's cache (their time stays, as a step)"
 UNENDED_CALL: Final = "calls without an end (their time stays, as a step)"
 NAMELESS_CALL: Final = "calls without a model name (their time stays, as a step)"
+COPIED_CALL: Final = "calls that another instrumentation recorded too (they count there)"
+COPIED_EXECUTION: Final = "executions all of whose calls another instrumentation recorded too"
 DUPLICATE: Final = "spans that came twice"
 CIRCLE: Final = "spans in a circle of parents"
 LOST_CALL: Final = "calls in executions or circles that were left out"
@@ -106,21 +108,27 @@ _SPANS = tuple[Span, ...]
 
 
 def assemble(
-    trace: str, records: Sequence[SpanRecord], *, name_llm: Callable[[str, str], str], tally: Tally
+    trace: str,
+    records: Sequence[SpanRecord],
+    *,
+    name_llm: Callable[[str, str], str],
+    tally: Tally,
+    copies: Collection[str] = (),
 ) -> Execution | None:
     """The execution that the records of `trace` tell of, or None if it is left out; `tally` gets the reason.
 
-    `name_llm` names the LLM that serves a model at an endpoint.
+    `name_llm` names the LLM that serves a model at an endpoint. `copies` are the ids of spans whose calls another
+    instrumentation has recorded too, and which count there.
     """
     nodes = _unique(records, tally)
     try:
-        return _assembled(trace, nodes, name_llm, tally)
+        return _assembled(trace, nodes, name_llm, tally, copies)
     finally:
         _let_go(nodes.values())
 
 
 def _assembled(
-    trace: str, nodes: dict[str, _Node], name_llm: Callable[[str, str], str], tally: Tally
+    trace: str, nodes: dict[str, _Node], name_llm: Callable[[str, str], str], tally: Tally, copies: Collection[str]
 ) -> Execution | None:
     roots, strays = _link(nodes, tally)
     reason = _why_not(roots)
@@ -136,15 +144,18 @@ def _assembled(
         circling = [node for node in nodes.values() if node.record.id not in reached]
         tally.drop(CIRCLE, len(circling))
         tally.drop(LOST_CALL, sum(node.record.kind in CALL_LIKE for node in circling))
+    if nested:
+        for node in order:
+            if node.call:
+                _lend_wrappers(node)
+    if copies and _leave_out(copies, order, tally):
+        tally.drop(COPIED_EXECUTION)
+        return None
     if reason:
         tally.drop(reason)
         tally.drop(LOST_CALL, sum(node.call for node in order))
         return None
     _mend_times(order, tally)
-    if nested:
-        for node in order:
-            if node.call:
-                _lend_wrappers(node)
     return _execution(trace, roots, order, name_llm, tally)
 
 
@@ -316,7 +327,7 @@ def _mend_times(order: Sequence[_Node], tally: Tally) -> None:
 
 
 def _find_calls(order: Sequence[_Node]) -> bool:
-    """Mark the calls, the wrappers that go, and the details that calls absorb; whether there are wrappers or details."""
+    """Mark the calls, the wrappers that go, and the details that calls absorb; whether there are any of these two."""
     if not any(node.children and node.record.kind in CALL_LIKE for node in order):
         for node in order:
             node.above = node.parent
@@ -345,6 +356,18 @@ def _find_calls(order: Sequence[_Node]) -> bool:
             node.call = True
             node.absorbed = node
     return True
+
+
+def _leave_out(copies: Collection[str], order: Sequence[_Node], tally: Tally) -> bool:
+    """Take copies of calls out of an execution; whether no call of its own is left."""
+    left = 0
+    for node in order:
+        if node.call and any(record.id in copies for record in (node.record, *node.lent)):
+            tally.drop(COPIED_CALL)
+            node.call = False
+            node.gone = True
+        left += node.call
+    return not left
 
 
 def _wraps_directly(node: _Node) -> bool:

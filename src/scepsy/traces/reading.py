@@ -12,6 +12,7 @@ from typing import Final
 from msgspec.structs import replace
 
 from scepsy.traces.assemble import assemble
+from scepsy.traces.copies import find_copies
 from scepsy.traces.dialects import normalise
 from scepsy.traces.matching import attached, match
 from scepsy.traces.records import ENGINE_START, LLM, NoTracesError, SpanRecord, Tally
@@ -28,7 +29,7 @@ _AT_ONCE = 1024
 
 # There are millions of spans, and most loops over them can be left to these.
 _detached, _kind = attrgetter("detached"), attrgetter("kind")
-_model, _endpoint = attrgetter("model"), attrgetter("endpoint")
+_names = attrgetter("model", "endpoint", "scope")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,12 +100,15 @@ def iter_executions(
                 tally.dropped[NO_TRACES] += 1
             way.next_file(path)
         moved = _reunite(detached, spool)
+        copies = find_copies(spool.traces) if names.scopes > 1 else {}
         whole = False
         for trace, records in spool.traces():
             way.assembled(len(records), tally.spans)
             if trace in moved:
                 continue
-            execution = assemble(trace, records, name_llm=names.name, tally=tally)
+            execution = assemble(
+                trace, records, name_llm=names.name, tally=tally, copies=copies.get(trace, frozenset())
+            )
             if execution is not None:
                 whole = True
                 yield execution
@@ -188,12 +192,20 @@ class LLMNames:
 
     def __init__(self) -> None:
         self._endpoints: dict[str, set[str]] = {}
+        self._scopes: set[str] = set()
+
+    @property
+    def scopes(self) -> int:
+        """How many libraries have recorded calls."""
+        return len(self._scopes)
 
     def saw(self, records: Sequence[SpanRecord]) -> None:
         """Learn from spans."""
-        for model, endpoint in set(zip(map(_model, records), map(_endpoint, records), strict=True)):
+        for model, endpoint, scope in set(map(_names, records)):
             if endpoint:
                 self._endpoints.setdefault(model, set()).add(endpoint)
+            if scope:
+                self._scopes.add(scope)
 
     def name(self, model: str, endpoint: str) -> str:
         """The name of the LLM that serves `model` at `endpoint` ("host:port", or empty where it is not known)."""

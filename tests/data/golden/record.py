@@ -47,6 +47,8 @@ REQUIREMENTS = {
     ],
     "langfuse": [*FRAMEWORKS, "langfuse==5.0.4"],
 }
+for other in ("openinference", "traceloop", "opentelemetry", "langfuse"):
+    REQUIREMENTS[f"{other}+scepsy"] = [*REQUIREMENTS[other], "--editable", str(ROOT)]
 
 
 def main(names):

@@ -145,6 +145,8 @@ def translate(raw: RawSpan, plan: Plan) -> SpanRecord:
         raw.remote_parent, label or ("" if call else name[:_LONGEST_NAME]), workflow, role, model, endpoint,
     )  # fmt: skip
     if call:
+        record.scope = raw.scope
+        record.process = raw.process
         keys = plan.response_id
         if keys:
             # The first key holds what it should in all but odd spans, and there are millions of spans.

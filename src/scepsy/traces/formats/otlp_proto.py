@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from scepsy.traces.dialects import WANTED
 from scepsy.traces.formats.otlp_json import NOT_REMOTE, remote_parent
-from scepsy.traces.records import Event, RawSpan, Tally
+from scepsy.traces.records import Event, RawSpan, Tally, process_of
 from scepsy_optimizer.errors import ScepsyError
 
 NOT_REQUESTS: Final = "messages that are not OTLP trace requests"
@@ -43,6 +43,7 @@ def spans(message: bytes, tally: Tally) -> Iterator[RawSpan]:
     known = _known
     for group in data.resource_spans:
         resource = {pair.key: _value(pair.value) for pair in group.resource.attributes}
+        process = process_of(resource)
         for inner in group.scope_spans:
             scope = inner.scope.name
             tally.spans += len(inner.spans)
@@ -73,6 +74,7 @@ def spans(message: bytes, tally: Tally) -> Iterator[RawSpan]:
                     span.HasField("status") and span.status.code == _STATUS_ERROR,
                     (flags := span.flags) > NOT_REMOTE and remote_parent(flags),
                     [Event(event.name, event.time_unix_nano) for event in events] if events else (),
+                    process,
                 )
 
 

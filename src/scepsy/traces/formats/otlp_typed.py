@@ -12,7 +12,7 @@ import msgspec
 
 from scepsy.traces.dialects import WANTED
 from scepsy.traces.formats.otlp_json import BROKEN, NOT_REMOTE, remote_parent
-from scepsy.traces.records import Event, RawSpan, Tally
+from scepsy.traces.records import Event, RawSpan, Tally, process_of
 
 # Fields have the names of OTLP's JSON encoding, which are not ours to choose.
 # ruff: noqa: N815
@@ -94,6 +94,7 @@ def spans(line: bytes, tally: Tally) -> list[RawSpan] | None:
     found: list[RawSpan] = []
     for group in request.resourceSpans:
         resource = {} if group.resource is None else _plain(group.resource.attributes)
+        process = process_of(resource)
         for inner in group.scopeSpans:
             scope = "" if inner.scope is None else inner.scope.name
             tally.spans += len(inner.spans)
@@ -127,10 +128,13 @@ def spans(line: bytes, tally: Tally) -> list[RawSpan] | None:
                         status is not None and bool(status.code) and status.code in _STATUS_ERROR,
                         span.flags > NOT_REMOTE and remote_parent(span.flags),
                         [Event(event.name, event.timeUnixNano) for event in span.events] if span.events else (),
+                        process,
                     )
                 )
     return found
 
 
 def _plain(pairs: list[_Attribute]) -> dict[str, Any]:
-    return {pair.key: pair.value.stringValue for pair in pairs}
+    return {
+        pair.key: pair.value.intValue if pair.value.stringValue is None else pair.value.stringValue for pair in pairs
+    }
