@@ -74,7 +74,8 @@ def test_calls_of_one_library_are_never_copies_of_each_other(otlp, both):
     [
         ({"start": 1, "end": 4, "gen_ai__response__id": "one"}, 1),
         ({"start": 0.2, "end": 4.5, "gen_ai__response__id": "one"}, 1),
-        ({"start": 0.2, "end": 4.5}, 2),
+        ({"start": 0.2, "end": 4.5}, 1),
+        ({"start": -0.5, "end": 4.5}, 2),
         ({"start": 1, "end": 4, "gen_ai__response__id": "two"}, 2),
         ({"start": 6, "end": 8, "gen_ai__response__id": "one"}, 2),
         ({"start": 1, "end": 4, "model": "other"}, 2),

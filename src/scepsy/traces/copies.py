@@ -22,8 +22,8 @@ from scepsy.traces.spool import Spool
 
 _OWN = "scepsy"
 _BUCKET_NS = 1_000_000_000
-# A framework's span begins before its client's, by what it does between.
-_EARLIER_NS = 250_000_000
+# A framework's span begins before its client's, by what it does between: on a busy machine that takes long.
+_EARLIER_NS = 1_000_000_000
 _LONGEST_SEARCH = 500
 
 T = TypeVar("T", str, int)
@@ -89,7 +89,7 @@ def _by_what_copies_share(call: SpanRecord) -> list[SpanRecord]:
 def _match(
     alike: Sequence[SpanRecord], ranked: Sequence[str], copies: set[_Place], originals: dict[_Place, set[str]]
 ) -> None:
-    """Add to `copies` the spans that are copies of others among these; `originals`: by which scopes a span was copied."""
+    """Add to `copies` the spans that copy others among these, and to `originals` which scopes copied a span."""
     by_scope: dict[str, list[SpanRecord]] = defaultdict(list)
     for call in sorted(alike, key=_start):
         by_scope[call.scope].append(call)
