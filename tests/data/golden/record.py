@@ -2,9 +2,9 @@
 
     python tests/data/golden/record.py [NAME ...]
 
-Environments are made under build/ with plain pip. A name is a file here without its suffix, or of ../beside, where Scepsy
-runs at the same time. Of several runs the one
-with the least time in spans is kept: what others do on the machine only ever makes calls longer.
+Environments are made under build/ with plain pip. A name is a file here without its suffix, or of ../beside, where
+Scepsy runs at the same time. Of several runs the one with the least time in spans is kept: what else the machine does
+only ever makes calls longer.
 """
 
 import json
