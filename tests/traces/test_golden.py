@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from scepsy.traces import read_executions
-from scepsy.traces.assemble import FAILED_CALL
+from scepsy.traces.assemble import COPIED_CALL, FAILED_CALL
 from scepsy.traces.reading import STARTING
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
@@ -57,6 +57,20 @@ def test_calls_tokens_and_workflows(name, readings):
     assert found.keys() == {part for part in PARTS[name].values() if part}
     for part, calls in found.items():
         assert [call[:3] for call in calls] == CALLS[part]
+
+
+BESIDE = GOLDEN.parent / "beside"
+BOTH = sorted(path.stem for path in BESIDE.glob("*.jsonl"))
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_two_instrumentations_at_once_tell_of_each_call_once(name):
+    """Whole spans of both, of one provider: as a collector gets them."""
+    reading = read_executions([BESIDE / f"{name}.jsonl"])
+    assert reading.dropped[COPIED_CALL] > 0
+    assert reading.dropped[FAILED_CALL] == 1
+    found = calls_by_part("scepsy", reading)
+    assert {part: [call[:3] for call in calls] for part, calls in found.items()} == CALLS
 
 
 @pytest.mark.parametrize("name", sorted(PARTS))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
@@ -28,6 +28,27 @@ def plain_table(title: str, caption: str | None = None) -> Table:
     )
 
 
+def add_rows(table: Table, names: int, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Add columns and rows. The first `names` columns hold names: where it is narrow they fold, numbers never do."""
+    for index, (column, *cells) in enumerate(zip(columns, *rows, strict=True)):
+        if index < names:
+            table.add_column(column, overflow="fold", min_width=6)
+        else:
+            widest = max(map(len, (column, *cells)))
+            table.add_column(column, justify="right", no_wrap=True, min_width=widest)
+    for row in rows:
+        table.add_row(*(escape(cell) if index < names else cell for index, cell in enumerate(row)))
+
+
+def brief(value: float, digits: int) -> str:
+    """A number with so many digits after the point, without any if it is large: a table must fit 80 columns."""
+    return f"{value:.{digits if abs(value) < 100 else 0}f}"
+
+
+def _tokens(value: float) -> str:
+    return f"{value:.0f}" if value < 1e5 else f"{value / 1e3:.0f}k"
+
+
 def workload_table(workload: Workload, title: str | None = None) -> Table:
     """One row per LLM: what a mean execution asks of it, its share, and how well that is known.
 
@@ -44,24 +65,25 @@ def workload_table(workload: Workload, title: str | None = None) -> Table:
             "±10 %: executions that are missing to know the share so well"
         ),
     )
-    table.add_column("LLM", no_wrap=True)
-    for column in ("calls", "path", "par.", "in", "out", "s", "share", "95 %", "cv", "±10 %"):
-        table.add_column(column, justify="right", no_wrap=True)
+    rows = []
     for demand in workload.demands:
         more = executions_needed(demand, workload.executions)
-        table.add_row(
-            escape(demand.llm),
-            f"{demand.visits:.1f}",
-            f"{demand.critical_visits:.1f}",
+        row = (
+            demand.llm,
+            brief(demand.visits, 1),
+            brief(demand.critical_visits, 1),
             f"{demand.parallelism:.1f}",
-            f"{demand.input_tokens:.0f}",
-            f"{demand.output_tokens:.0f}",
-            f"{demand.service_s:.2f}",
+            _tokens(demand.input_tokens),
+            _tokens(demand.output_tokens),
+            brief(demand.service_s, 2),
             f"{demand.share:.1%}",
-            f"{demand.share_low:.1%}-{demand.share_high:.1%}",
+            f"{demand.share_low * 100:.1f}-{demand.share_high:.1%}",
             f"{demand.share_cv:.2f}",
-            "?" if more is None else f"+{more:,}" if more else "enough",
+            "?" if more is None else f"+{more}" if more else "enough",
         )
+        rows.append(row)
+    columns = ("LLM", "calls", "path", "par.", "in", "out", "s", "share", "95 %", "cv", "±10 %")
+    add_rows(table, 1, columns, rows)
     return table
 
 

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.text import Text
 
 from scepsy.report.summary import warnings
-from scepsy.report.tables import plain_table, workload_table
+from scepsy.report.tables import add_rows, brief, plain_table, workload_table
 from scepsy_optimizer.workload import Workload
 
 
@@ -31,17 +30,15 @@ def print_report(summary: Mapping[str, Any], workload: Workload, console: Consol
 
 def _workflows(summary: Mapping[str, Any]) -> Any:
     table = plain_table("workflows", caption="width: calls at once; depth: calls one after another; deep: recursion")
-    table.add_column("workflow", no_wrap=True)
-    for column in ("runs", "mean", "p50", "p95", "cv", "calls", "width", "depth", "rounds", "deep"):
-        table.add_column(column, justify="right", no_wrap=True)
+    rows = []
     for flow in summary["workflows"]:
         latency = flow["latency_s"]
-        table.add_row(
-            escape(flow["workflow"]),
+        row = (
+            flow["workflow"],
             f"{flow['executions']:,}",
-            f"{latency['mean']:.2f}",
-            f"{latency['quantiles']['0.5']:.2f}",
-            f"{latency['quantiles']['0.95']:.2f}",
+            brief(latency["mean"], 2),
+            brief(latency["quantiles"]["0.5"], 2),
+            brief(latency["quantiles"]["0.95"], 2),
             f"{flow['latency_cv']:.2f}",
             f"{flow['calls']:.1f}",
             f"{flow['width']['mean']:.1f}",
@@ -49,24 +46,26 @@ def _workflows(summary: Mapping[str, Any]) -> Any:
             f"{flow['rounds']['mean']:.1f}",
             str(flow["recursion"]) if flow["recursion"] > 1 else "-",
         )
+        rows.append(row)
+    columns = ("workflow", "runs", "mean", "p50", "p95", "cv", "calls", "width", "depth", "rounds", "deep")
+    add_rows(table, 1, columns, rows)
     return table
 
 
 def _roles(summary: Mapping[str, Any]) -> Any:
     table = plain_table("roles")
-    table.add_column("LLM", no_wrap=True)
-    table.add_column("role", no_wrap=True)
-    for column in ("calls", "in", "out", "share"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for role in summary["roles"]:
-        table.add_row(
-            escape(role["llm"]),
-            escape(role["role"]) or "-",
+    rows = [
+        (
+            role["llm"],
+            role["role"] or "-",
             f"{role['visits']:.1f}",
             f"{role['input_tokens']:.0f}",
             f"{role['output_tokens']:.0f}",
             f"{role['share']:.1%}",
         )
+        for role in summary["roles"]
+    ]
+    add_rows(table, 2, ("LLM", "role", "calls", "in", "out", "share"), rows)
     return table
 
 

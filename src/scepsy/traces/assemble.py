@@ -6,7 +6,7 @@ client's), and the request or engine span below one is detail; both lend what th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from operator import attrgetter
 from typing import Final
 
@@ -40,6 +40,8 @@ STOPPED_CALL: Final = "calls that were abandoned before anything was counted (th
 CACHED_CALL: Final = "calls answered from the framework's cache (their time stays, as a step)"
 UNENDED_CALL: Final = "calls without an end (their time stays, as a step)"
 NAMELESS_CALL: Final = "calls without a model name (their time stays, as a step)"
+COPIED_CALL: Final = "calls that another instrumentation recorded too (they count there)"
+COPIED_EXECUTION: Final = "executions all of whose calls another instrumentation recorded too"
 DUPLICATE: Final = "spans that came twice"
 CIRCLE: Final = "spans in a circle of parents"
 LOST_CALL: Final = "calls in executions or circles that were left out"
@@ -58,14 +60,17 @@ _LLM_OR_CALL = frozenset({LLM, CALL})
 _REQUESTS = frozenset({TRANSPORT, SERVER})
 
 
-class _Node(msgspec.Struct, eq=False):
-    """A record in the tree of its trace, and what becomes of it."""
+class _Node(msgspec.Struct, eq=False, gc=False):
+    """A record in the tree of its trace, and what becomes of it.
+
+    Parents know their children and these their parents, of which the garbage collector is not told: `_let_go` must be.
+    """
 
     record: SpanRecord
     start_ns: int
     end_ns: int
     parent: _Node | None = None
-    children: list[_Node] = []
+    children: Sequence[_Node] = ()
     depth: int = 0
     calls_below: int = 0
     call: bool = False
@@ -74,7 +79,7 @@ class _Node(msgspec.Struct, eq=False):
     """The nearest span above that does not go."""
     absorbed: _Node | None = None
     """The call that this span is a detail of."""
-    lent: list[SpanRecord] = []
+    lent: tuple[SpanRecord, ...] = ()
     """What a call may complete itself from: its details first, then the wrappers around it, inside out."""
 
 
@@ -99,14 +104,32 @@ class _SpanRow(msgspec.Struct, gc=False):
     call: _CallRow | None = None
 
 
+_SPANS = tuple[Span, ...]
+
+
 def assemble(
-    trace: str, records: Sequence[SpanRecord], *, name_llm: Callable[[str, str], str], tally: Tally
+    trace: str,
+    records: Sequence[SpanRecord],
+    *,
+    name_llm: Callable[[str, str], str],
+    tally: Tally,
+    copies: Collection[str] = (),
 ) -> Execution | None:
     """The execution that the records of `trace` tell of, or None if it is left out; `tally` gets the reason.
 
-    `name_llm` names the LLM that serves a model at an endpoint.
+    `name_llm` names the LLM that serves a model at an endpoint. `copies` are the ids of spans whose calls another
+    instrumentation has recorded too, and which count there.
     """
     nodes = _unique(records, tally)
+    try:
+        return _assembled(trace, nodes, name_llm, tally, copies)
+    finally:
+        _let_go(nodes.values())
+
+
+def _assembled(
+    trace: str, nodes: dict[str, _Node], name_llm: Callable[[str, str], str], tally: Tally, copies: Collection[str]
+) -> Execution | None:
     roots, strays = _link(nodes, tally)
     reason = _why_not(roots)
     roots += strays
@@ -115,18 +138,34 @@ def assemble(
     else:
         _reunite_streams(nodes)
     order = _preorder(roots)
-    _find_calls(order)
+    nested = _find_calls(order)
     if len(order) < len(nodes):
         reached = {node.record.id for node in order}
         circling = [node for node in nodes.values() if node.record.id not in reached]
         tally.drop(CIRCLE, len(circling))
         tally.drop(LOST_CALL, sum(node.record.kind in CALL_LIKE for node in circling))
+    if nested:
+        for node in order:
+            if node.call:
+                _lend_wrappers(node)
+    if copies and _leave_out(copies, order, tally):
+        tally.drop(COPIED_EXECUTION)
+        return None
     if reason:
         tally.drop(reason)
         tally.drop(LOST_CALL, sum(node.call for node in order))
         return None
     _mend_times(order, tally)
     return _execution(trace, roots, order, name_llm, tally)
+
+
+def _let_go(nodes: Iterable[_Node]) -> None:
+    """Undo what makes circles of references, so that nodes go away."""
+    for node in nodes:
+        if node.children:
+            node.children = ()
+        if node.absorbed:
+            node.absorbed = None
 
 
 def _why_not(roots: Sequence[_Node]) -> str:
@@ -163,7 +202,7 @@ def _link(nodes: dict[str, _Node], tally: Tally) -> tuple[list[_Node], list[_Nod
             parent = _above_calls(node, parent, nodes)
         if parent is not None and parent is not node:
             node.parent = parent
-            parent.children.append(node)
+            _adopt(parent, node)
         elif node.record.parent:
             orphans.append(node)
         else:
@@ -180,11 +219,19 @@ def _link(nodes: dict[str, _Node], tally: Tally) -> tuple[list[_Node], list[_Nod
             root = min(steps, key=_start)
             for orphan in orphans:
                 orphan.parent = root
-                root.children.append(orphan)
+                _adopt(root, orphan)
         else:
             # Nothing may be put under a call: it would seem to be a wrapper of what is below it.
             return roots, orphans
     return roots, []
+
+
+def _adopt(parent: _Node, child: _Node) -> None:
+    # Most spans have no children, and need no list.
+    if isinstance(parent.children, list):
+        parent.children.append(child)
+    else:
+        parent.children = [child]
 
 
 def _reunite_streams(nodes: dict[str, _Node]) -> None:
@@ -210,9 +257,9 @@ def _reunite_streams(nodes: dict[str, _Node]) -> None:
         if later:
             request = min(later, key=_start)
             if request.parent is not None:
-                request.parent.children.remove(request)
+                request.parent.children = [child for child in request.parent.children if child is not request]
                 request.parent = node
-                node.children.append(request)
+                _adopt(node, request)
 
 
 def _above_calls(node: _Node, parent: _Node | None, nodes: dict[str, _Node]) -> _Node | None:
@@ -241,9 +288,7 @@ def _preorder(roots: Sequence[_Node]) -> list[_Node]:
             depth = node.depth + 1
             for child in children:
                 child.depth = depth
-            if len(children) > 1:
-                children.sort(key=_start, reverse=True)
-            stack += children
+            stack += sorted(children, key=_start, reverse=True) if len(children) > 1 else children
     return order
 
 
@@ -281,8 +326,13 @@ def _mend_times(order: Sequence[_Node], tally: Tally) -> None:
             moved_ns[record.id] = shift_ns
 
 
-def _find_calls(order: Sequence[_Node]) -> None:
-    """Mark the calls, the wrappers that go, and the details that calls absorb."""
+def _find_calls(order: Sequence[_Node]) -> bool:
+    """Mark the calls, the wrappers that go, and the details that calls absorb; whether there are any of these two."""
+    if not any(node.children and node.record.kind in CALL_LIKE for node in order):
+        for node in order:
+            node.above = node.parent
+            node.call = node.record.kind in CALL_LIKE
+        return False
     for node in reversed(order):
         if node.parent is not None and (node.calls_below or node.record.kind in _LLM_OR_CALL):
             node.parent.calls_below += node.calls_below or 1
@@ -294,7 +344,7 @@ def _find_calls(order: Sequence[_Node]) -> None:
                 node.absorbed = parent.absorbed
                 node.gone = True
                 if kind in CALL_LIKE:
-                    node.absorbed.lent.append(node.record)
+                    node.absorbed.lent += (node.record,)
                 continue
         if kind not in CALL_LIKE:
             continue
@@ -305,6 +355,19 @@ def _find_calls(order: Sequence[_Node]) -> None:
         else:
             node.call = True
             node.absorbed = node
+    return True
+
+
+def _leave_out(copies: Collection[str], order: Sequence[_Node], tally: Tally) -> bool:
+    """Take copies of calls out of an execution; whether no call of its own is left."""
+    left = 0
+    for node in order:
+        if node.call and any(record.id in copies for record in (node.record, *node.lent)):
+            tally.drop(COPIED_CALL)
+            node.call = False
+            node.gone = True
+        left += node.call
+    return not left
 
 
 def _wraps_directly(node: _Node) -> bool:
@@ -321,8 +384,7 @@ def _execution(
     trace: str, roots: Sequence[_Node], order: Sequence[_Node], name_llm: Callable[[str, str], str], tally: Tally
 ) -> Execution:
     workflow = _workflow_name(order)
-    kept = [node for node in order if not node.gone]
-    tops = [node for node in kept if node.above is None]
+    tops = [node for node in order if node.above is None and not node.gone]
     start_ns = min(root.start_ns for root in roots)
     rows: list[_SpanRow] = []
     above = None
@@ -330,12 +392,11 @@ def _execution(
         end_ns = max(root.end_ns for root in roots)
         above = "root" if all(node.record.id != "root" for node in order) else f"root of {trace}"
         rows.append(_SpanRow(above, None, workflow, WORKFLOW, 0.0, (end_ns - start_ns) / 1e9))
-    for node in kept:
+    for node in order:
+        if node.gone:
+            continue
         parent, record = node.above, node.record
-        call = None
-        if node.call:
-            _lend_wrappers(node)
-            call = _call(node, name_llm, tally)
+        call = _call(node, name_llm, tally) if node.call else None
         kind = record.kind
         rows.append(
             _SpanRow(
@@ -348,7 +409,7 @@ def _execution(
                 call,
             )
         )
-    spans = msgspec.convert(rows, tuple[Span, ...], from_attributes=True)
+    spans: tuple[Span, ...] = msgspec.convert(rows, _SPANS, from_attributes=True)
     return Execution(id=trace, workflow=workflow, spans=spans, started_ns=start_ns)
 
 
@@ -361,6 +422,8 @@ def _workflow_name(order: Sequence[_Node]) -> str:
             given = node.record.workflow or node.record.label
             if given:
                 best, name = (node.depth, node.start_ns), given
+                if not node.depth:
+                    break
     return name or order[0].record.label or order[0].record.name
 
 
@@ -369,15 +432,14 @@ def _lend_wrappers(call: _Node) -> None:
     above = call.parent
     while above is not None and above.record.kind in CALL_LIKE:
         if above.gone:
-            call.lent.append(above.record)
-            call.lent.extend(child.record for child in above.children if child.gone and child.record.kind in _REQUESTS)
+            beside = (child.record for child in above.children if child.gone and child.record.kind in _REQUESTS)
+            call.lent += (above.record, *beside)
         else:
             # It stands around several calls: its counts and times are theirs together.
-            call.lent.append(
-                replace(
-                    above.record, input_tokens=None, output_tokens=None, cached_tokens=None, time_to_first_token_s=None
-                )
+            told = replace(
+                above.record, input_tokens=None, output_tokens=None, cached_tokens=None, time_to_first_token_s=None
             )
+            call.lent += (told,)
         above = above.parent
 
 
@@ -401,13 +463,13 @@ def _call(node: _Node, name_llm: Callable[[str, str], str], tally: Tally) -> _Ca
     if record.lost_s:
         tally.repaired[RETRIED] += 1
         node.start_ns = min(node.start_ns + int(record.lost_s * 1e9), node.end_ns)
-    input_tokens = record.input_tokens or 0
+    input_tokens, cached_tokens = record.input_tokens or 0, record.cached_tokens
     return _CallRow(
         name_llm(record.model, record.endpoint),
         record.role or _role(node),
         input_tokens,
         record.output_tokens or 0,
-        min(record.cached_tokens or 0, input_tokens),
+        min(cached_tokens, input_tokens) if cached_tokens else 0,
         record.time_to_first_token_s,
         record.queue_s,
     )

@@ -27,14 +27,14 @@ def match(detached: Sequence[SpanRecord], calls: Iterable[SpanRecord]) -> dict[t
     timed: list[SpanRecord] = []
     for record in detached:
         if record.response_id:
-            by_response[_engine_id(record.response_id)] = record
+            by_response[engine_id(record.response_id)] = record
         if record.kind == LLM:
             timed.append(record)
     timed.sort(key=lambda record: record.start_ns)
     starts = [record.start_ns for record in timed]
     found: dict[tuple[str, str], SpanRecord] = {}
     for call in sorted(calls, key=lambda record: record.start_ns):
-        request = by_response.get(_engine_id(call.response_id)) if call.response_id else None
+        request = by_response.get(engine_id(call.response_id)) if call.response_id else None
         if request is None or (request.trace, request.id) in found:
             request = _timed(call, timed, starts, found)
         if request is not None:
@@ -67,7 +67,7 @@ def same_call(call: SpanRecord, request: SpanRecord) -> bool:
     return all(one is None or other is None or one == other for one, other in pairs)
 
 
-def _engine_id(response_id: str) -> str:
+def engine_id(response_id: str) -> str:
     """A response's id as client and engine both know it: without the index that vLLM appends to completions."""
     head, dash, tail = response_id.rpartition("-")
     return head if dash and tail == "0" else response_id

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 from typing import Final
 
 from msgspec.structs import replace
 
 from scepsy.traces.assemble import assemble
+from scepsy.traces.copies import find_copies
 from scepsy.traces.dialects import normalise
 from scepsy.traces.matching import attached, match
 from scepsy.traces.records import ENGINE_START, LLM, NoTracesError, SpanRecord, Tally
@@ -24,6 +26,10 @@ STARTING: Final = "spans of an engine's own start"
 
 # A batch may be a whole table, which need not be in memory at once.
 _AT_ONCE = 1024
+
+# There are millions of spans, and most loops over them can be left to these.
+_detached, _kind = attrgetter("detached"), attrgetter("kind")
+_names = attrgetter("model", "endpoint", "scope")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,30 +84,31 @@ def iter_executions(
             try:
                 for batch in read_spans(path, tally, way.read):
                     raws = iter(batch)
+                    # Spans are not to be kept while the next ones are read.
+                    del batch
                     while records := [normalise(raw) for raw in islice(raws, _AT_ONCE)]:
-                        usual = []
-                        for record in records:
-                            if record.endpoint:
-                                names.saw(record.model, record.endpoint)
-                            if record.detached:
-                                detached.append(record)
-                            elif record.kind == ENGINE_START:
-                                tally.drop(STARTING)
-                            else:
-                                usual.append(record)
-                        spool.add(usual)
+                        names.saw(records)
+                        if True in map(_detached, records) or ENGINE_START in map(_kind, records):
+                            detached += filter(_detached, records)
+                            spool.add([r for r in records if not r.detached and r.kind != ENGINE_START])
+                            tally.drop(STARTING, sum(record.kind == ENGINE_START for record in records))
+                        else:
+                            spool.add(records)
             except NoTracesError:
                 if named:
                     raise
                 tally.dropped[NO_TRACES] += 1
             way.next_file(path)
         moved = _reunite(detached, spool)
+        copies = find_copies(spool.traces) if names.scopes > 1 else {}
         whole = False
         for trace, records in spool.traces():
             way.assembled(len(records), tally.spans)
             if trace in moved:
                 continue
-            execution = assemble(trace, records, name_llm=names, tally=tally)
+            execution = assemble(
+                trace, records, name_llm=names.name, tally=tally, copies=copies.get(trace, frozenset())
+            )
             if execution is not None:
                 whole = True
                 yield execution
@@ -185,16 +192,22 @@ class LLMNames:
 
     def __init__(self) -> None:
         self._endpoints: dict[str, set[str]] = {}
+        self._scopes: set[str] = set()
 
-    def saw(self, model: str, endpoint: str) -> None:
-        """Learn from a span."""
-        known = self._endpoints.get(model)
-        if known is None:
-            self._endpoints[model] = {endpoint}
-        else:
-            known.add(endpoint)
+    @property
+    def scopes(self) -> int:
+        """How many libraries have recorded calls."""
+        return len(self._scopes)
 
-    def __call__(self, model: str, endpoint: str) -> str:
+    def saw(self, records: Sequence[SpanRecord]) -> None:
+        """Learn from spans."""
+        for model, endpoint, scope in set(map(_names, records)):
+            if endpoint:
+                self._endpoints.setdefault(model, set()).add(endpoint)
+            if scope:
+                self._scopes.add(scope)
+
+    def name(self, model: str, endpoint: str) -> str:
         """The name of the LLM that serves `model` at `endpoint` ("host:port", or empty where it is not known)."""
         return f"{model}@{endpoint}" if endpoint and len(self._endpoints.get(model, ())) > 1 else model
 

@@ -50,7 +50,8 @@ class RawSpan(msgspec.Struct, gc=False):
     """A span as its file gives it. Times are nanoseconds since the epoch, 0 where they are missing.
 
     `parent` is empty for a span without one; `remote_parent` says that the parent belongs to another process.
-    `attributes` and `resource` hold plain values. `scope` names the library that made the span.
+    `attributes` and `resource` hold plain values. `scope` names the library that made the span, `process` the process
+    that it ran in, empty where the resource does not tell.
     """
 
     trace: str
@@ -65,6 +66,7 @@ class RawSpan(msgspec.Struct, gc=False):
     failed: bool = False
     remote_parent: bool = False
     events: Sequence[Event] = ()
+    process: str = ""
 
 
 class SpanRecord(msgspec.Struct, array_like=True, gc=False):
@@ -74,6 +76,7 @@ class SpanRecord(msgspec.Struct, array_like=True, gc=False):
     only wraps others; `role` is the role that a call itself names. `lost_s` is the time before the request that was
     answered: failed attempts and the waiting between them. `detached` says that a root may be the request of a call in
     another trace, because its instrumentation loses the way there. `flaw` says what is wrong with the recorded times.
+    `scope` and `process` are those of the span, told of calls only.
     Counts and times that the span does not tell are None.
     """
 
@@ -100,6 +103,14 @@ class SpanRecord(msgspec.Struct, array_like=True, gc=False):
     lost_s: float | None = None
     detached: bool = False
     flaw: str = ""
+    scope: str = ""
+    process: str = ""
+
+
+def process_of(resource: Mapping[str, Any]) -> str:
+    """Names the process that a resource tells of, empty where it does not."""
+    process = resource.get("process.pid")
+    return "" if process is None else f"{resource.get('host.name') or ''} {process}"
 
 
 @dataclass(slots=True, kw_only=True)

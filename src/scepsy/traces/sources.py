@@ -86,6 +86,7 @@ def read_spans(path: Path, tally: Tally, on_bytes: Callable[[int], None]) -> Ite
             with io.BufferedReader(io.FileIO(path), _BUFFER) as stream:
                 for batch in _spans(path, stream, tally):
                     yield batch
+                    del batch
                     on_bytes(stream.tell())
     except (OSError, EOFError) as error:
         raise ScepsyError(f"{path}: cannot be read: {error}") from error
@@ -127,9 +128,11 @@ def _json(path: Path, stream: io.BufferedReader, tally: Tally) -> Iterator[Itera
         if line.isspace():
             continue
         lines += 1
-        if (request := otlp_typed.decode(line)) is not None:
+        if (spans := otlp_typed.spans(line, tally)) is not None:
             found += 1
-            yield otlp_typed.spans(request, tally)
+            yield spans
+            # Not to be kept while the next ones are made: memory that is used again at once is in the cache.
+            del spans
             continue
         try:
             value = msgspec.json.decode(line)

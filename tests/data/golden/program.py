@@ -223,6 +223,12 @@ def instrument(name, out):
 
         return classes, config, lambda title, body: scepsy.workflow(name=title)(body)(), save
     provider, exporter = exporting_provider()
+    name, _, beside = name.partition("+")
+    if beside:
+        # On the same provider, as for a collector that gets everything.
+        import scepsy
+
+        scepsy.instrument(provider=provider)
     if name == "openinference":
         from openinference.instrumentation.langchain import LangChainInstrumentor
         from openinference.instrumentation.llama_index import LlamaIndexInstrumentor
@@ -252,6 +258,9 @@ def instrument(name, out):
         time.sleep(2)  # some of them end streamed spans on a thread, a while later
         write(exporter.get_finished_spans(), out)
 
+    if beside:
+        return classes, config, lambda title, body: scepsy.workflow(name=title)(body)(), save
+
     def root(title, body):
         with tracer.start_as_current_span(title):
             body()
@@ -269,7 +278,7 @@ def main(name, out):
 
     def play(classes, config, root):
         langchain_part(config)
-        if name != "langfuse":
+        if not name.startswith("langfuse"):
             llama_index_part()
         openai_part(root, *classes)
 

@@ -2,8 +2,9 @@
 
     python tests/data/golden/record.py [NAME ...]
 
-Environments are made under build/ with plain pip. A name is a file here without its suffix. Of several runs the one
-with the least time in spans is kept: what others do on the machine only ever makes calls longer.
+Environments are made under build/ with plain pip. A name is a file here without its suffix, or of ../beside, where
+Scepsy runs at the same time. Of several runs the one with the least time in spans is kept: what else the machine does
+only ever makes calls longer.
 """
 
 import json
@@ -47,6 +48,8 @@ REQUIREMENTS = {
     ],
     "langfuse": [*FRAMEWORKS, "langfuse==5.0.4"],
 }
+for other in ("openinference", "traceloop", "opentelemetry", "langfuse"):
+    REQUIREMENTS[f"{other}+scepsy"] = [*REQUIREMENTS[other], "--editable", str(ROOT)]
 
 
 def main(names):
@@ -64,8 +67,9 @@ def main(names):
                 quiet = {"TRACELOOP_TRACE_CONTENT": "false", "PYTHONWARNINGS": "ignore"}
                 subprocess.run(argv, check=True, timeout=300, env=os.environ | quiet)
             best = min(runs, key=time_in_spans)
-            (HERE / f"{name}.jsonl").write_bytes(best.read_bytes())
-        print(f"{name}: {time_in_spans(HERE / f'{name}.jsonl') / 1e9:.3f} s in spans")
+            file = (HERE.parent / "beside" if "+" in name else HERE) / f"{name}.jsonl"
+            file.write_bytes(best.read_bytes())
+        print(f"{name}: {time_in_spans(file) / 1e9:.3f} s in spans")
 
 
 def time_in_spans(path):

@@ -5,13 +5,14 @@ vLLM also traces its own start, in spans that name nothing but a place in its co
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 from scepsy.traces.dialects.table import Dialect, Keys, text
 from scepsy.traces.records import ENGINE_START, SERVER, STEP, RawSpan, SpanRecord
 
 
-def _kind(_raw: RawSpan) -> str:
+def _kind(_attributes: Mapping[str, Any]) -> str:
     return SERVER
 
 
@@ -25,6 +26,7 @@ DIALECT: Final = Dialect(
     name="engine",
     marks=("gen_ai.latency.e2e", "gen_ai.latency.time_in_queue", "gen_ai.latency.time_to_first_token"),
     kind=_kind,
+    kind_keys=(),
     keys=Keys(
         model=("gen_ai.request.model", "gen_ai.response.model"),
         response_id=("gen_ai.request.id",),
@@ -38,14 +40,15 @@ DIALECT: Final = Dialect(
 )
 
 
-def _kind_of_code(raw: RawSpan) -> str:
-    return ENGINE_START if text(raw.attributes, ("code.namespace",)).startswith("vllm.") else STEP
+def _kind_of_code(attributes: Mapping[str, Any]) -> str:
+    return ENGINE_START if text(attributes, ("code.namespace",)).startswith("vllm.") else STEP
 
 
 START: Final = Dialect(
     name="engine start",
     marks=("code.namespace", "code.function", "code.filepath", "code.lineno"),
     kind=_kind_of_code,
+    kind_keys=("code.namespace",),
     keys=Keys(),
     alone=True,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Final
 
@@ -33,11 +34,11 @@ _READ_FROM_CACHE = (
 )
 
 
-def _kind(raw: RawSpan) -> str:
-    kind = raw.attributes[TYPE]
+def _kind(attributes: Mapping[str, Any]) -> str:
+    kind = attributes[TYPE]
     kind = kind.lower() if isinstance(kind, str) else ""
     if kind in _STEPS:
-        return STEP if raw.parent or kind == "event" else WORKFLOW
+        return STEP if kind == "event" else WORKFLOW
     return _KINDS.get(kind, STEP)
 
 
@@ -50,14 +51,18 @@ def _refine(raw: RawSpan, record: SpanRecord) -> None:
         return
     usage = _parsed(attributes.get(USAGE))
     if isinstance(usage, dict):
-        input_keys, output_keys, cached_keys = _buckets(tuple(usage))
-        details = usage.get("prompt_tokens_details")
-        if isinstance(details, dict):
-            record.cached_tokens = _sum(details, _READ_FROM_CACHE)
-        elif cached_keys:
+        input_keys, output_keys, cached_keys, plain = _buckets(tuple(usage))
+        if cached_keys:
             record.cached_tokens = _sum(usage, cached_keys)
-        record.input_tokens = _inclusive(usage, "input", input_keys)
-        record.output_tokens = _inclusive(usage, "output", output_keys)
+        if plain:
+            record.input_tokens = _sum(usage, input_keys)
+            record.output_tokens = _sum(usage, output_keys)
+        else:
+            details = usage.get("prompt_tokens_details")
+            if isinstance(details, dict):
+                record.cached_tokens = _sum(details, _READ_FROM_CACHE)
+            record.input_tokens = _inclusive(usage, "input", input_keys)
+            record.output_tokens = _inclusive(usage, "output", output_keys)
     if FIRST_CHUNK_AT in attributes:
         first_ns = parse_time_ns(_parsed(attributes[FIRST_CHUNK_AT]))
         if first_ns > raw.start_ns:
@@ -69,14 +74,19 @@ def _refine(raw: RawSpan, record: SpanRecord) -> None:
 
 
 @lru_cache(maxsize=4096)
-def _buckets(keys: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Which of the keys count tokens of the input, of the output, and tokens read from a cache."""
+def _buckets(keys: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], bool]:
+    """Which of the keys count tokens of the input, of the output, and tokens read from a cache.
+
+    The last one says that these keys alone tell all, so that each side is the sum of its own.
+    """
 
     def of(side: str) -> tuple[str, ...]:
         return tuple(key for key in keys if key == side or key.startswith(f"{side}_"))
 
     cache = tuple(key for key in ("cache_read_input_tokens", "cache_creation_input_tokens") if key in keys)
-    return of("input") + cache, of("output"), tuple(key for key in _READ_FROM_CACHE if key in keys)
+    cached = tuple(key for key in _READ_FROM_CACHE if key in keys)
+    plain = not {"total", "prompt_tokens_details", *_CLIENTS_OWN.values()}.intersection(keys)
+    return of("input") + cache, of("output"), cached, plain
 
 
 def _inclusive(usage: dict[str, Any], side: str, buckets: tuple[str, ...]) -> int | None:
@@ -98,12 +108,14 @@ def _inclusive(usage: dict[str, Any], side: str, buckets: tuple[str, ...]) -> in
 
 def _sum(usage: dict[str, Any], keys: tuple[str, ...]) -> int | None:
     """The sum of the counts under `keys`, None where there is none."""
-    found = None
-    for key in keys:
-        value = number(usage.get(key))
-        if value is not None:
-            found = int(value) if found is None else found + int(value)
-    return found
+    if len(keys) == 1:
+        count = number(usage.get(keys[0]))
+        return None if count is None else int(count)
+    counts = [int(count) for key in keys if (count := number(usage.get(key))) is not None]
+    return sum(counts) if counts else None
+
+
+_decode = msgspec.json.Decoder().decode
 
 
 def _parsed(value: object) -> Any:
@@ -111,7 +123,7 @@ def _parsed(value: object) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return msgspec.json.decode(value)
+        return _decode(value)
     except (msgspec.MsgspecError, RecursionError):
         return value
 
@@ -120,6 +132,8 @@ DIALECT: Final = Dialect(
     name="Langfuse",
     marks=(TYPE,),
     kind=_kind,
+    workflows_are_roots=True,
+    kind_keys=(TYPE,),
     keys=Keys(
         workflow=(TRACE_NAME,),
         model=(MODEL, "gen_ai.request.model"),

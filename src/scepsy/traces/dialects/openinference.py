@@ -17,8 +17,7 @@ _FIRST_CHUNK = "First Token Stream Event"
 _KINDS: Final = {"LLM": LLM, "TOOL": TOOL, "RETRIEVER": TOOL, "AGENT": AGENT}
 
 
-def _kind(raw: RawSpan) -> str:
-    attributes = raw.attributes
+def _kind(attributes: Mapping[str, Any]) -> str:
     kind = attributes["openinference.span.kind"]
     kind = kind.upper() if isinstance(kind, str) else ""
     if kind == "EMBEDDING":
@@ -26,7 +25,7 @@ def _kind(raw: RawSpan) -> str:
     if kind == "RERANKER":
         return LLM if attributes.get("reranker.model_name") else STEP
     if kind == "CHAIN":
-        return STEP if raw.parent else WORKFLOW
+        return WORKFLOW
     return _KINDS.get(kind, STEP)
 
 
@@ -62,6 +61,8 @@ DIALECT: Final = Dialect(
     name="OpenInference",
     marks=("openinference.span.kind",),
     kind=_kind,
+    workflows_are_roots=True,
+    kind_keys=("openinference.span.kind", "embedding.model_name", "reranker.model_name"),
     keys=Keys(
         label=("agent.name", "tool.name", "graph.node.name", "graph.node.id"),
         model=("llm.request.model_name", "llm.model_name", "embedding.model_name", "reranker.model_name"),

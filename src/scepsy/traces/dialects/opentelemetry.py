@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 from scepsy import semconv
 from scepsy.traces.dialects.table import Dialect, Keys, number
@@ -37,20 +38,17 @@ _OWN_KINDS: Final = {
     semconv.KIND_LLM: LLM,
     CALL: CALL,
 }
-_TRANSPORT: Final = semconv.TRANSPORT
-_KIND: Final = semconv.KIND
-_OPERATION: Final = semconv.OPERATION
 _OUTCOMES: Final = {"cancelled": FAILED, "interrupted": INTERRUPTED, "abandoned": INTERRUPTED}
 
 
-def _kind(raw: RawSpan) -> str:
-    asked = raw.attributes.get
-    if asked(_TRANSPORT) is True:
+def _kind(attributes: Mapping[str, Any]) -> str:
+    asked = attributes.get
+    if asked(semconv.TRANSPORT) == True:  # noqa: E712 - 1 counts as well, text does not
         return TRANSPORT
-    own = asked(_KIND)
+    own = asked(semconv.KIND)
     if isinstance(own, str) and own in _OWN_KINDS:
         return _OWN_KINDS[own]
-    operation = asked(_OPERATION)
+    operation = asked(semconv.OPERATION)
     return _KINDS.get(operation, STEP) if isinstance(operation, str) else STEP
 
 
@@ -75,6 +73,7 @@ DIALECT: Final = Dialect(
     name="OpenTelemetry",
     marks=(),
     kind=_kind,
+    kind_keys=(semconv.TRANSPORT, semconv.KIND, semconv.OPERATION),
     keys=Keys(
         label=(semconv.AGENT_NAME, semconv.TOOL_NAME, semconv.WORKFLOW_NAME),
         workflow=(semconv.WORKFLOW_NAME,),
@@ -90,7 +89,6 @@ DIALECT: Final = Dialect(
         queue_s=(semconv.QUEUE_S,),
         error=(semconv.ERROR_TYPE,),
     ),
-    also=(semconv.TRANSPORT, semconv.KIND, semconv.OPERATION),
     refine=_refine,
     refine_if=(semconv.OUTCOME, semconv.CACHE_HIT, semconv.WASTED_S, semconv.RETRY_WAIT_S),
 )

@@ -1,16 +1,18 @@
 """What a dialect is, and the one reader of them all.
 
-Spans of one kind from one instrumentation have the same attribute keys. So what a table says of them, which dialect it
-is and which of its keys are there, is worked out once for each set of keys and looked up after that.
+Spans of one kind from one instrumentation have the same attribute keys, and the same values in most of them: only ids
+and counts differ. So what a table says of keys is worked out once for each set of keys, what it says of the values that
+spans share once for each set of these, and looked up after that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from operator import itemgetter
 from typing import Any, Final
 
-from scepsy.traces.records import CALL_LIKE, FAILED, OK, RawSpan, SpanRecord
+from scepsy.traces.records import CALL_LIKE, FAILED, OK, STEP, WORKFLOW, RawSpan, SpanRecord
 
 _LONGEST_NAME = 200
 _LARGEST = 10**15
@@ -40,97 +42,123 @@ class Dialect:
     """How one family of instrumentations writes its spans.
 
     A span is of this dialect if it has one of `marks`, or, with `alone`, if nothing that any dialect looks at but its
-    marks is there; no marks take every span. `kind` names the kind of such a span.
+    marks is there; no marks take every span. `kind` names the kind of a span by its attributes, of which it looks at
+    `kind_keys` only; it must say the same of values that are equal. With `workflows_are_roots`, a workflow below
+    another span is a step.
     `refine` corrects in place what a table cannot say: it gets the span and its translation; with
-    `refine_if` it is asked only about spans that have one of these keys. `also` names the other keys that the two look
+    `refine_if` it is asked only about spans that have one of these keys. `also` names the other keys that it looks
     at: attributes that no dialect names are not even read.
     """
 
     name: str
     marks: Sequence[str]
-    kind: Callable[[RawSpan], str]
+    kind: Callable[[Mapping[str, Any]], str]
+    kind_keys: Sequence[str]
     keys: Keys
     also: Sequence[str] = ()
     refine: Callable[[RawSpan, SpanRecord], None] | None = None
     refine_if: Sequence[str] = ()
     alone: bool = False
+    workflows_are_roots: bool = False
 
     @property
     def wanted(self) -> frozenset[str]:
         """Every attribute key that it looks at."""
         told = (key for fact in fields(Keys) for key in getattr(self.keys, fact.name))
-        return frozenset((*self.marks, *self.also, *self.refine_if, *told))
+        return frozenset((*self.marks, *self.kind_keys, *self.also, *self.refine_if, *told))
 
 
-_TEXTS: Final = ("workflow", "role", "model", "response_id")
+_SHARED: Final = ("label", "workflow", "role", "model", "address", "port", "error")
 _COUNTS: Final = ("input_tokens", "output_tokens", "cached_tokens")
 _SECONDS: Final = ("time_to_first_token_s", "queue_s")
-_FIELDS: Final = SpanRecord.__struct_fields__
-_NOTHING_TOLD: Final = SpanRecord.__struct_defaults__
+_MOST_SORTS = 1000
+_LONGEST_SHARED = 1000
+
+_Sort = tuple[str, str, str, str, str, str, str]
 
 
 class Plan:
-    """How spans with one set of keys are read: which facts their keys can tell."""
+    """How spans with one set of keys are read: which facts their keys can tell, and what was told already."""
 
-    __slots__ = ("address", "counts", "error", "kind", "label", "port", "refine", "seconds", "texts", "workflow")
+    __slots__ = ("_asked", "_dialect", "_keys", "_sorts", "counts", "refine", "response_id", "seconds", "shared")
 
     def __init__(self, dialect: Dialect, keys: Sequence[str]) -> None:
-        def present(fact: str) -> tuple[str, ...]:
-            return tuple(key for key in getattr(dialect.keys, fact) if key in keys)
-
-        def found(facts: Sequence[str]) -> list[tuple[int, tuple[str, ...]]]:
-            return [(_FIELDS.index(fact), told) for fact in facts if (told := present(fact))]
-
-        self.kind = dialect.kind
-        self.label = present("label")
-        self.workflow = present("workflow")
-        self.error = present("error")
-        self.address = present("address")
-        self.port = present("port")
-        self.texts = found(_TEXTS)
-        self.counts = found(_COUNTS)
-        self.seconds = found(_SECONDS)
+        present = {
+            fact.name: tuple(key for key in getattr(dialect.keys, fact.name) if key in keys) for fact in fields(Keys)
+        }
+        self._dialect = dialect
+        self._keys = present
+        self._asked = sorted(
+            {*dialect.kind_keys, *(key for fact in _SHARED for key in present[fact])}.intersection(keys)
+        )
+        self._sorts: dict[Any, _Sort] = {}
+        self.shared: Callable[[Mapping[str, Any]], Any] = itemgetter(*self._asked) if self._asked else _nothing
+        self.response_id = present["response_id"]
+        self.counts = [(fact, present[fact]) for fact in _COUNTS if present[fact]]
+        self.seconds = [(fact, present[fact]) for fact in _SECONDS if present[fact]]
         asked = not dialect.refine_if or any(key in keys for key in dialect.refine_if)
         self.refine = dialect.refine if asked else None
 
+    def sort(self, attributes: Mapping[str, Any], *, root: bool) -> _Sort:
+        """Kind, status, label, workflow, role, model and endpoint of a span: what it shares with others like it."""
+        shared = self.shared(attributes), root
+        try:
+            sort = self._sorts.get(shared)
+        except TypeError:
+            # A list where there should be a name.
+            return self._look(attributes, root=root)
+        if sort is None:
+            sort = self._look(attributes, root=root)
+            if sum(len(value) for key in self._asked if isinstance(value := attributes[key], str)) <= _LONGEST_SHARED:
+                if len(self._sorts) >= _MOST_SORTS:
+                    self._sorts.clear()
+                self._sorts[shared] = sort
+        return sort
 
-_ENDPOINT: Final = _FIELDS.index("endpoint")
+    def _look(self, attributes: Mapping[str, Any], *, root: bool) -> _Sort:
+        keys = self._keys
+        kind = self._dialect.kind(attributes)
+        if kind == WORKFLOW and self._dialect.workflows_are_roots and not root:
+            kind = STEP
+        status = FAILED if text(attributes, keys["error"]) else OK
+        workflow = text(attributes, keys["workflow"])
+        if kind not in CALL_LIKE:
+            return kind, status, text(attributes, keys["label"]), workflow, "", "", ""
+        endpoint = text(attributes, keys["address"])
+        port = number(attributes[keys["port"][0]]) if keys["port"] and endpoint else None
+        if port is not None:
+            endpoint = f"{endpoint}:{int(port)}"
+        return kind, status, "", workflow, text(attributes, keys["role"]), text(attributes, keys["model"]), endpoint
+
+
+def _nothing(_attributes: Mapping[str, Any]) -> None:
+    return None
 
 
 def translate(raw: RawSpan, plan: Plan) -> SpanRecord:
     """The span in Scepsy's words."""
-    attributes = raw.attributes
-    kind = plan.kind(raw)
-    status = FAILED if raw.failed or (plan.error and text(attributes, plan.error)) else OK
-    if kind in CALL_LIKE:
-        told: list[Any] = [
-            raw.trace, raw.id, raw.parent, raw.name, kind, raw.start_ns, raw.end_ns, status, raw.remote_parent, "", "",
-            *_NOTHING_TOLD,
-        ]  # fmt: skip
-        # The first key holds what it should in all but odd spans, and there are millions of spans.
-        for index, keys in plan.texts:
+    attributes, parent, name = raw.attributes, raw.parent, raw.name
+    kind, status, label, workflow, role, model, endpoint = plan.sort(attributes, root=not parent)
+    call = kind in CALL_LIKE
+    record = SpanRecord(
+        raw.trace, raw.id, parent, name, kind, raw.start_ns, raw.end_ns, FAILED if raw.failed else status,
+        raw.remote_parent, label or ("" if call else name[:_LONGEST_NAME]), workflow, role, model, endpoint,
+    )  # fmt: skip
+    if call:
+        record.scope = raw.scope
+        record.process = raw.process
+        keys = plan.response_id
+        if keys:
+            # The first key holds what it should in all but odd spans, and there are millions of spans.
             value = attributes[keys[0]]
             usual = value.__class__ is str and 0 < len(value) <= _LONGEST_NAME
-            told[index] = value if usual else text(attributes, keys)
-        for index, keys in plan.counts:
+            record.response_id = value if usual else text(attributes, keys)
+        for fact, keys in plan.counts:
             value = attributes[keys[0]]
             usual = value.__class__ is int and 0 <= value < _LARGEST
-            told[index] = value if usual else _first_number(attributes, keys, int)
-        for index, keys in plan.seconds:
-            told[index] = _first_number(attributes, keys, float)
-        if plan.address:
-            address = text(attributes, plan.address)
-            port = number(attributes[plan.port[0]]) if plan.port and address else None
-            told[_ENDPOINT] = address if port is None else f"{address}:{int(port)}"
-        record = SpanRecord(*told)
-    else:
-        name = raw.name
-        label = (plan.label and text(attributes, plan.label)) or name[:_LONGEST_NAME]
-        workflow = text(attributes, plan.workflow) if plan.workflow else ""
-        record = SpanRecord(
-            raw.trace, raw.id, raw.parent, name, kind, raw.start_ns, raw.end_ns, status, raw.remote_parent, label,
-            workflow,
-        )  # fmt: skip
+            setattr(record, fact, value if usual else _first_number(attributes, keys, int))
+        for fact, keys in plan.seconds:
+            setattr(record, fact, _first_number(attributes, keys, float))
     if plan.refine is not None:
         plan.refine(raw, record)
     return record

@@ -16,8 +16,7 @@ _KINDS: Final = {"workflow": WORKFLOW, "agent": AGENT, "tool": TOOL, "task": STE
 _REQUESTS = frozenset({"chat", "completion", "embedding", "rerank"})
 
 
-def _kind(raw: RawSpan) -> str:
-    attributes = raw.attributes
+def _kind(attributes: Mapping[str, Any]) -> str:
     if _named(attributes, "gen_ai.operation.name") in LLM_OPERATIONS:
         return LLM
     if _named(attributes, "llm.request.type") in _REQUESTS:
@@ -46,6 +45,7 @@ DIALECT: Final = Dialect(
     name="Traceloop",
     marks=_MARKS,
     kind=_kind,
+    kind_keys=("gen_ai.operation.name", "llm.request.type", "traceloop.span.kind"),
     keys=Keys(
         label=("traceloop.entity.name", "gen_ai.agent.name", "gen_ai.tool.name"),
         workflow=("traceloop.workflow.name",),
@@ -59,6 +59,5 @@ DIALECT: Final = Dialect(
         time_to_first_token_s=("gen_ai.response.time_to_first_chunk",),
         error=("error.type",),
     ),
-    also=("gen_ai.operation.name",),
     refine=_refine,
 )

@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from scepsy.traces.dialects import WANTED
-from scepsy.traces.records import Event, RawSpan, Tally
+from scepsy.traces.records import Event, RawSpan, Tally, process_of
 
 BROKEN: Final = "spans that are not in OTLP's form"
 
 _HAS_IS_REMOTE = 0x100
 _IS_REMOTE = 0x200
+NOT_REMOTE: Final = 0x1FF
+"""Flags up to here have no bit that says that the parent is remote."""
 _LATEST_NS = 1 << 64
 _STATUS_ERROR = (2, "STATUS_CODE_ERROR")
 
@@ -25,6 +27,7 @@ def spans(request: Mapping[str, Any], tally: Tally) -> Iterator[RawSpan]:
     """The spans of one request; what has the wrong shape is counted and passed over."""
     for group in _items(request.get("resourceSpans"), tally):
         resource = _attributes_of(group.get("resource"))
+        process = process_of(resource)
         for inner in _items(group.get("scopeSpans") or group.get("instrumentationLibrarySpans"), tally):
             scope = inner.get("scope") or inner.get("instrumentationLibrary")
             library = scope.get("name") if isinstance(scope, dict) else ""
@@ -32,7 +35,7 @@ def spans(request: Mapping[str, Any], tally: Tally) -> Iterator[RawSpan]:
             for span in _items(inner.get("spans"), tally):
                 tally.spans += 1
                 try:
-                    raw = _span(span, library, resource)
+                    raw = _span(span, library, resource, process)
                 except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
                     tally.dropped[BROKEN] += 1
                 else:
@@ -44,7 +47,7 @@ def remote_parent(flags: int) -> bool:
     return bool(flags & _HAS_IS_REMOTE and flags & _IS_REMOTE)
 
 
-def _span(span: Mapping[str, Any], scope: str, resource: Mapping[str, Any]) -> RawSpan:
+def _span(span: Mapping[str, Any], scope: str, resource: Mapping[str, Any], process: str) -> RawSpan:
     trace, own, name, parent = span["traceId"], span["spanId"], span.get("name", ""), span.get("parentSpanId", "")
     if not (type(trace) is type(own) is type(name) is type(parent) is str and trace and own):
         raise TypeError
@@ -66,6 +69,7 @@ def _span(span: Mapping[str, Any], scope: str, resource: Mapping[str, Any]) -> R
         status is not None and status.get("code") in _STATUS_ERROR,
         remote_parent(int(span.get("flags", 0))),
         [Event(str(event["name"]), int(event["timeUnixNano"])) for event in events] if events else (),
+        process,
     )
 
 

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import msgspec
 
 from scepsy.traces.dialects import WANTED
-from scepsy.traces.formats.otlp_json import BROKEN, remote_parent
-from scepsy.traces.records import Event, RawSpan, Tally
+from scepsy.traces.formats.otlp_json import BROKEN, NOT_REMOTE, remote_parent
+from scepsy.traces.records import Event, RawSpan, Tally, process_of
 
 # Fields have the names of OTLP's JSON encoding, which are not ours to choose.
 # ruff: noqa: N815
@@ -81,25 +81,20 @@ class _Request(msgspec.Struct, gc=False):
 
 # 64-bit integers are text in protobuf's JSON; a lax decoder takes them either way.
 _decoder = msgspec.json.Decoder(_Request, strict=False)
-# Flags up to here have no bit that says that the parent is remote.
-_NOT_REMOTE = 0x1FF
 _STATUS_ERROR = (2, "STATUS_CODE_ERROR")
 
 
-def decode(line: bytes) -> _Request | None:
-    """The request in a line, or None if it is not exactly one."""
+def spans(line: bytes, tally: Tally) -> list[RawSpan] | None:
+    """The spans of the request in a line, or None if it is not exactly one."""
     try:
-        return _decoder.decode(line)
+        request = _decoder.decode(line)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
-
-
-def spans(request: _Request, tally: Tally) -> list[RawSpan]:
-    """The spans of a decoded request."""
     wanted = WANTED
     found: list[RawSpan] = []
     for group in request.resourceSpans:
         resource = {} if group.resource is None else _plain(group.resource.attributes)
+        process = process_of(resource)
         for inner in group.scopeSpans:
             scope = "" if inner.scope is None else inner.scope.name
             tally.spans += len(inner.spans)
@@ -131,12 +126,15 @@ def spans(request: _Request, tally: Tally) -> list[RawSpan]:
                         attributes,
                         resource,
                         status is not None and bool(status.code) and status.code in _STATUS_ERROR,
-                        span.flags > _NOT_REMOTE and remote_parent(span.flags),
+                        span.flags > NOT_REMOTE and remote_parent(span.flags),
                         [Event(event.name, event.timeUnixNano) for event in span.events] if span.events else (),
+                        process,
                     )
                 )
     return found
 
 
 def _plain(pairs: list[_Attribute]) -> dict[str, Any]:
-    return {pair.key: pair.value.stringValue for pair in pairs}
+    return {
+        pair.key: pair.value.intValue if pair.value.stringValue is None else pair.value.stringValue for pair in pairs
+    }
