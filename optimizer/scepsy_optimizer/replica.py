@@ -302,7 +302,6 @@ def _solve(
     beside = (shape.burst - 1 if shape.beside_tokens is None else shape.beside_tokens / prompt) / sharing
     contention = np.ones(rates.shape)
     bend_s = np.zeros(rates.shape)
-    spread = np.zeros(rates.shape)
     # First as if the batch never varied and the device had no neighbours, then with what was found.
     for _ in range(_PASSES):
 
@@ -321,10 +320,7 @@ def _solve(
         present = prompts / np.maximum(part, 1e-12)
         span = np.maximum(1.0, prompt / 4) / prompt
         prompt_s = (replica.together_s(present + span) - replica.together_s(present)) / span
-        # The slope over all batches that come, not that of the mean one (statistical linearisation).
-        reach = np.maximum(1.0, spread)
-        fewest, most = np.maximum(np.minimum(decoding, _NONE), decoding - reach), decoding + reach
-        call_s = np.maximum(0.0, decode_s(most) - decode_s(fewest)) / (most - fewest)
+        call_s = np.maximum(0.0, decode_s(decoding + own + 1) - decode_s(decoding + own))
         # A step table that is steeper here than on its way to saturation would have the queue unstable below it.
         steep = np.maximum(1.0, rates * (prompt_s + (tokens - 1) * call_s) / utilisation)
         call_s, prompt_s = call_s / steep, prompt_s / steep

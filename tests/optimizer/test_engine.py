@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scepsy_optimizer.engine import Engine
@@ -86,6 +86,7 @@ def test_every_request_gets_its_tokens_and_the_cache_ends_empty(make_profile, re
     assert engine.kv_used == 0
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 200)), min_size=1, max_size=20),
     st.integers(1, 8),

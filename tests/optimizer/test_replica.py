@@ -150,7 +150,7 @@ def test_what_does_not_fit_has_no_capacity(make_profile):
     assert np.isinf(loaded_speeds(profile, 1, 0.1, SHAPE, np.array([1.0]), np.array([1.0])).output_s).all()
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     load=st.floats(0.01, 0.84),
     prompt=st.integers(1, 6000),
