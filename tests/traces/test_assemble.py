@@ -1,20 +1,23 @@
+import sys
+
 import pytest
 
 from scepsy.traces import read_executions
 from scepsy.traces.assemble import (
     BACKWARDS,
     CIRCLE,
-    DUPLICATE,
     FAILED_CALL,
     FAILED_ROOT,
     LOST_CALL,
     NAMELESS_CALL,
     NO_ROOT,
-    ORPHAN,
     SKEWED,
     UNENDED,
     UNENDED_ROOT,
+    assemble,
 )
+from scepsy.traces.records import LLM, STEP, TRANSPORT, SpanRecord, Tally
+from scepsy.traces.tree import DUPLICATE, ORPHAN
 from scepsy_optimizer.errors import ScepsyError
 
 
@@ -264,3 +267,16 @@ def test_no_whole_execution_says_what_was_found(otlp, tmp_path):
     path = otlp.write(tmp_path / "cut.jsonl", otlp.request(otlp.chat("c", "a", 0, 1)))
     with pytest.raises(ScepsyError, match="no whole execution.*1 spans; left out: 1 executions without their root"):
         read_executions([path])
+
+
+def test_nothing_of_a_trace_stays_in_memory():
+    """Its tree is full of circles of references, of which the garbage collector is not told."""
+    nested = [("a", "", STEP), ("b", "a", LLM), ("c", "b", LLM), ("d", "c", TRANSPORT)]
+    circle = [("x", "y", STEP), ("y", "x", STEP)]
+    records = [
+        SpanRecord("t", own, up, "n", kind, 1, 2, "", False, "", "", model="m") for own, up, kind in nested + circle
+    ]
+    before = [sys.getrefcount(record) for record in records]
+    tally = Tally()
+    assert assemble("t", records, name_llm=lambda model, _: model, tally=tally) is not None
+    assert [sys.getrefcount(record) for record in records] == before

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from scepsy.traces import Tally, iter_executions, read_executions
 from scepsy.traces.assemble import (
     CACHED_CALL,
-    DUPLICATE,
     FAILED_CALL,
     LOST_CALL,
     NAMELESS_CALL,
@@ -20,6 +19,7 @@ from scepsy.traces.assemble import (
 from scepsy.traces.dialects import DIALECTS
 from scepsy.traces.formats.otlp_json import BROKEN as BROKEN_SPAN
 from scepsy.traces.sources import NOT_JSON
+from scepsy.traces.tree import DUPLICATE
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.timeline import compile_timeline
 

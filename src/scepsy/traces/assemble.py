@@ -6,14 +6,12 @@ client's), and the request or engine span below one is detail; both lend what th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from operator import attrgetter
+from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
 import msgspec
 from msgspec.structs import replace
 
-from scepsy.traces.matching import SLACK_NS, same_call
 from scepsy.traces.records import (
     CALL,
     CALL_LIKE,
@@ -29,6 +27,7 @@ from scepsy.traces.records import (
     SpanRecord,
     Tally,
 )
+from scepsy.traces.tree import Node, let_go, link, make_nodes, preorder, reunite_streams
 from scepsy_optimizer.executions import Execution, Span
 
 NO_ROOT: Final = "executions without their root span (still running, cut off, or sampled out)"
@@ -42,11 +41,9 @@ UNENDED_CALL: Final = "calls without an end (their time stays, as a step)"
 NAMELESS_CALL: Final = "calls without a model name (their time stays, as a step)"
 COPIED_CALL: Final = "calls that another instrumentation recorded too (they count there)"
 COPIED_EXECUTION: Final = "executions all of whose calls another instrumentation recorded too"
-DUPLICATE: Final = "spans that came twice"
 CIRCLE: Final = "spans in a circle of parents"
 LOST_CALL: Final = "calls in executions or circles that were left out"
 
-ORPHAN: Final = "spans whose parent is missing, put under the root"
 BACKWARDS: Final = "spans that ended before they started, taken as instants"
 UNENDED: Final = "steps without an end, ended with their parent"
 SKEWED: Final = "spans moved into their parent on another host, whose clock differs"
@@ -58,29 +55,6 @@ _STATUS_OF_CALL = {FAILED: FAILED_CALL, INTERRUPTED: STOPPED_CALL, FROM_CACHE: C
 
 _LLM_OR_CALL = frozenset({LLM, CALL})
 _REQUESTS = frozenset({TRANSPORT, SERVER})
-
-
-class _Node(msgspec.Struct, eq=False, gc=False):
-    """A record in the tree of its trace, and what becomes of it.
-
-    Parents know their children and these their parents, of which the garbage collector is not told: `_let_go` must be.
-    """
-
-    record: SpanRecord
-    start_ns: int
-    end_ns: int
-    parent: _Node | None = None
-    children: Sequence[_Node] = ()
-    depth: int = 0
-    calls_below: int = 0
-    call: bool = False
-    gone: bool = False
-    above: _Node | None = None
-    """The nearest span above that does not go."""
-    absorbed: _Node | None = None
-    """The call that this span is a detail of."""
-    lent: tuple[SpanRecord, ...] = ()
-    """What a call may complete itself from: its details first, then the wrappers around it, inside out."""
 
 
 # What becomes a Call and a Span: msgspec makes those from these in half the time that their own constructors take.
@@ -120,24 +94,24 @@ def assemble(
     `name_llm` names the LLM that serves a model at an endpoint. `copies` are the ids of spans whose calls another
     instrumentation has recorded too, and which count there.
     """
-    nodes = _unique(records, tally)
+    nodes = make_nodes(records, tally)
     try:
         return _assembled(trace, nodes, name_llm, tally, copies)
     finally:
-        _let_go(nodes.values())
+        let_go(nodes.values())
 
 
 def _assembled(
-    trace: str, nodes: dict[str, _Node], name_llm: Callable[[str, str], str], tally: Tally, copies: Collection[str]
+    trace: str, nodes: dict[str, Node], name_llm: Callable[[str, str], str], tally: Tally, copies: Collection[str]
 ) -> Execution | None:
-    roots, strays = _link(nodes, tally)
+    roots, strays = link(nodes, tally)
     reason = _why_not(roots)
     roots += strays
     if reason:
         roots = [node for node in nodes.values() if node.parent is None]
     else:
-        _reunite_streams(nodes)
-    order = _preorder(roots)
+        reunite_streams(nodes)
+    order = preorder(roots)
     nested = _find_calls(order)
     if len(order) < len(nodes):
         reached = {node.record.id for node in order}
@@ -159,16 +133,7 @@ def _assembled(
     return _execution(trace, roots, order, name_llm, tally)
 
 
-def _let_go(nodes: Iterable[_Node]) -> None:
-    """Undo what makes circles of references, so that nodes go away."""
-    for node in nodes:
-        if node.children:
-            node.children = ()
-        if node.absorbed:
-            node.absorbed = None
-
-
-def _why_not(roots: Sequence[_Node]) -> str:
+def _why_not(roots: Sequence[Node]) -> str:
     """Why an execution with these roots is left out; empty if it is not."""
     if not roots:
         return NO_ROOT
@@ -180,122 +145,7 @@ def _why_not(roots: Sequence[_Node]) -> str:
     return ""
 
 
-def _unique(records: Sequence[SpanRecord], tally: Tally) -> dict[str, _Node]:
-    nodes = {record.id: _Node(record, record.start_ns, record.end_ns) for record in records}
-    if len(nodes) < len(records):
-        tally.dropped[DUPLICATE] += len(records) - len(nodes)
-        # The first of them counts.
-        nodes = {record.id: _Node(record, record.start_ns, record.end_ns) for record in reversed(records)}
-        nodes = {record.id: nodes[record.id] for record in records}
-    return nodes
-
-
-def _link(nodes: dict[str, _Node], tally: Tally) -> tuple[list[_Node], list[_Node]]:
-    """Join children to parents.
-
-    Returns the roots, none of them if the trace is cut off above, and spans of a missing parent that must stand beside.
-    """
-    roots, orphans = [], []
-    for node in nodes.values():
-        parent = nodes.get(node.record.parent)
-        if parent is not None and parent.record.kind == CALL:
-            parent = _above_calls(node, parent, nodes)
-        if parent is not None and parent is not node:
-            node.parent = parent
-            _adopt(parent, node)
-        elif node.record.parent:
-            orphans.append(node)
-        else:
-            roots.append(node)
-    if not roots:
-        # The parent of a whole execution may be somebody else's: of a web server's client that exports elsewhere. A
-        # missing parent of this process, though, is one that never ended.
-        roots = [node for node in orphans if node.record.remote_parent or node.record.kind == SERVER]
-        orphans = [node for node in orphans if not (node.record.remote_parent or node.record.kind == SERVER)]
-    if roots and orphans:
-        tally.repaired[ORPHAN] += len(orphans)
-        steps = [node for node in roots if node.record.kind not in CALL_LIKE]
-        if steps:
-            root = min(steps, key=_start)
-            for orphan in orphans:
-                orphan.parent = root
-                _adopt(root, orphan)
-        else:
-            # Nothing may be put under a call: it would seem to be a wrapper of what is below it.
-            return roots, orphans
-    return roots, []
-
-
-def _adopt(parent: _Node, child: _Node) -> None:
-    # Most spans have no children, and need no list.
-    if isinstance(parent.children, list):
-        parent.children.append(child)
-    else:
-        parent.children = [child]
-
-
-def _reunite_streams(nodes: dict[str, _Node]) -> None:
-    """Put a client's span under the framework's span of the same call, where that ended too early to be its parent."""
-    flawed = [node for node in nodes.values() if node.record.flaw and node.record.kind == LLM and not node.children]
-    for node in flawed:
-        record = node.record
-        above = {id(node)}
-        outer = node.parent
-        while outer is not None and id(outer) not in above:
-            above.add(id(outer))
-            outer = outer.parent
-        later = [
-            other
-            for other in nodes.values()
-            if other.record.kind == LLM
-            and not other.record.flaw
-            and id(other) not in above
-            and record.start_ns - SLACK_NS <= other.start_ns <= record.end_ns + SLACK_NS
-            and same_call(record, other.record)
-            and not (other.parent is not None and other.parent.record.kind == LLM)
-        ]
-        if later:
-            request = min(later, key=_start)
-            if request.parent is not None:
-                request.parent.children = [child for child in request.parent.children if child is not request]
-                request.parent = node
-                _adopt(node, request)
-
-
-def _above_calls(node: _Node, parent: _Node | None, nodes: dict[str, _Node]) -> _Node | None:
-    """The nearest span at or above `parent` that can have children."""
-    passed: set[str] = set()
-    while parent is not None and parent.record.kind == CALL and parent.record.id not in passed:
-        passed.add(parent.record.id)
-        above = nodes.get(parent.record.parent)
-        if above is None:
-            # The topmost call has no parent to share: both are roots.
-            node.record = replace(node.record, parent="")
-        parent = above
-    # Calls in a circle have nothing above them.
-    return None if parent is not None and parent.record.kind == CALL else parent
-
-
-def _preorder(roots: Sequence[_Node]) -> list[_Node]:
-    """Every parent before its children, and siblings in the order of their start."""
-    order: list[_Node] = []
-    stack = sorted(roots, key=_start, reverse=True)
-    while stack:
-        node = stack.pop()
-        order.append(node)
-        children = node.children
-        if children:
-            depth = node.depth + 1
-            for child in children:
-                child.depth = depth
-            stack += sorted(children, key=_start, reverse=True) if len(children) > 1 else children
-    return order
-
-
-_start = attrgetter("start_ns")
-
-
-def _mend_times(order: Sequence[_Node], tally: Tally) -> None:
+def _mend_times(order: Sequence[Node], tally: Tally) -> None:
     """Give every span an interval that makes sense beside its parent's."""
     moved_ns: dict[str, int] = {}
     for node in order:
@@ -326,7 +176,7 @@ def _mend_times(order: Sequence[_Node], tally: Tally) -> None:
             moved_ns[record.id] = shift_ns
 
 
-def _find_calls(order: Sequence[_Node]) -> bool:
+def _find_calls(order: Sequence[Node]) -> bool:
     """Mark the calls, the wrappers that go, and the details that calls absorb; whether there are any of these two."""
     if not any(node.children and node.record.kind in CALL_LIKE for node in order):
         for node in order:
@@ -358,7 +208,7 @@ def _find_calls(order: Sequence[_Node]) -> bool:
     return True
 
 
-def _leave_out(copies: Collection[str], order: Sequence[_Node], tally: Tally) -> bool:
+def _leave_out(copies: Collection[str], order: Sequence[Node], tally: Tally) -> bool:
     """Take copies of calls out of an execution; whether no call of its own is left."""
     left = 0
     for node in order:
@@ -370,7 +220,7 @@ def _leave_out(copies: Collection[str], order: Sequence[_Node], tally: Tally) ->
     return not left
 
 
-def _wraps_directly(node: _Node) -> bool:
+def _wraps_directly(node: Node) -> bool:
     """Whether nothing but LLM spans lies between this one and the only call below it."""
     while node.calls_below:
         found = [child for child in node.children if child.calls_below or child.record.kind in _LLM_OR_CALL]
@@ -381,7 +231,7 @@ def _wraps_directly(node: _Node) -> bool:
 
 
 def _execution(
-    trace: str, roots: Sequence[_Node], order: Sequence[_Node], name_llm: Callable[[str, str], str], tally: Tally
+    trace: str, roots: Sequence[Node], order: Sequence[Node], name_llm: Callable[[str, str], str], tally: Tally
 ) -> Execution:
     workflow = _workflow_name(order)
     tops = [node for node in order if node.above is None and not node.gone]
@@ -413,7 +263,7 @@ def _execution(
     return Execution(id=trace, workflow=workflow, spans=spans, started_ns=start_ns)
 
 
-def _workflow_name(order: Sequence[_Node]) -> str:
+def _workflow_name(order: Sequence[Node]) -> str:
     """The name that a span gives the workflow, else the outermost workflow span's, else the root's."""
     best: tuple[int, int] | None = None
     name = ""
@@ -427,7 +277,7 @@ def _workflow_name(order: Sequence[_Node]) -> str:
     return name or order[0].record.label or order[0].record.name
 
 
-def _lend_wrappers(call: _Node) -> None:
+def _lend_wrappers(call: Node) -> None:
     """Add what the spans around a call tell of it, and the requests beside it, to what it may complete itself from."""
     above = call.parent
     while above is not None and above.record.kind in CALL_LIKE:
@@ -443,7 +293,7 @@ def _lend_wrappers(call: _Node) -> None:
         above = above.parent
 
 
-def _call(node: _Node, name_llm: Callable[[str, str], str], tally: Tally) -> _CallRow | None:
+def _call(node: Node, name_llm: Callable[[str, str], str], tally: Tally) -> _CallRow | None:
     record = node.record
     if record.status != OK:
         tally.dropped[_STATUS_OF_CALL[record.status]] += 1
@@ -496,7 +346,7 @@ def _first(one: float | None, other: float | None) -> float | None:
     return other if one is None else one
 
 
-def _role(node: _Node) -> str:
+def _role(node: Node) -> str:
     """The name of the nearest agent, tool or step above."""
     above = node.parent
     while above is not None:

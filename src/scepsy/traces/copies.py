@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import TypeVar
 
@@ -30,14 +30,14 @@ T = TypeVar("T", str, int)
 _Place = tuple[str, str]
 
 
-def find_copies(traces: Callable[[], Iterable[tuple[str, Sequence[SpanRecord]]]]) -> Mapping[str, frozenset[str]]:
-    """For each trace with copies of calls in it, their span ids. `traces` gives all records, by trace.
+def find_copies(traces: Iterable[tuple[str, Sequence[SpanRecord]]]) -> Mapping[str, frozenset[str]]:
+    """For each trace with copies of calls in it, their span ids. `traces` are all records, by trace.
 
     Memory grows with the number of copies, not with that of spans.
     """
     seen: Counter[str] = Counter()
     with Spool() as sightings:
-        for _, records in traces():
+        for _, records in traces:
             for call in _innermost(records):
                 seen[call.scope] += 1
                 sightings.add(_by_what_copies_share(call))

@@ -100,7 +100,7 @@ def iter_executions(
                 tally.dropped[NO_TRACES] += 1
             way.next_file(path)
         moved = _reunite(detached, spool)
-        copies = find_copies(spool.traces) if names.scopes > 1 else {}
+        copies = find_copies(_staying(spool, moved)) if names.scopes > 1 else {}
         whole = False
         for trace, records in spool.traces():
             way.assembled(len(records), tally.spans)
@@ -153,6 +153,11 @@ def _reunite(detached: Sequence[SpanRecord], spool: Spool) -> Collection[str]:
         for record in left
     )
     return moved
+
+
+def _staying(spool: Spool, moved: Collection[str]) -> Iterator[tuple[str, list[SpanRecord]]]:
+    """The traces whose spans have not moved to another one."""
+    return ((trace, records) for trace, records in spool.traces() if trace not in moved)
 
 
 class _Way:

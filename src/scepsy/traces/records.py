@@ -76,7 +76,7 @@ class SpanRecord(msgspec.Struct, array_like=True, gc=False):
     only wraps others; `role` is the role that a call itself names. `lost_s` is the time before the request that was
     answered: failed attempts and the waiting between them. `detached` says that a root may be the request of a call in
     another trace, because its instrumentation loses the way there. `flaw` says what is wrong with the recorded times.
-    `scope` and `process` are those of the span, told of calls only.
+    `scope` and `process` are those of the span, told of LLM spans only.
     Counts and times that the span does not tell are None.
     """
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from operator import itemgetter
 from typing import Any, Final
 
-from scepsy.traces.records import CALL_LIKE, FAILED, OK, STEP, WORKFLOW, RawSpan, SpanRecord
+from scepsy.traces.records import CALL_LIKE, FAILED, LLM, OK, STEP, WORKFLOW, RawSpan, SpanRecord
 
 _LONGEST_NAME = 200
 _LARGEST = 10**15
@@ -145,8 +145,9 @@ def translate(raw: RawSpan, plan: Plan) -> SpanRecord:
         raw.remote_parent, label or ("" if call else name[:_LONGEST_NAME]), workflow, role, model, endpoint,
     )  # fmt: skip
     if call:
-        record.scope = raw.scope
-        record.process = raw.process
+        if kind == LLM:
+            record.scope = raw.scope
+            record.process = raw.process
         keys = plan.response_id
         if keys:
             # The first key holds what it should in all but odd spans, and there are millions of spans.
