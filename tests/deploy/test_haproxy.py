@@ -31,7 +31,7 @@ def test_it_takes_its_configuration(tmp_path, has_key, session_header):
     (tmp_path / haproxy.MAP).write_text("")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         fd = listener.fileno()
-        environment = {**os.environ, "TMPDIR": str(tmp_path), haproxy.LISTENER: str(fd)}
+        environment = {**os.environ, haproxy.CONTROL: str(fd), haproxy.LISTENER: str(fd)}
         argv = [haproxy.find_binary(), "-c", "-dW", "-f", str(tmp_path / "haproxy.cfg")]
         done = subprocess.run(argv, capture_output=True, text=True, env=environment, pass_fds=[fd], check=False)
     assert done.returncode == 0, done.stderr

@@ -6,7 +6,7 @@ import asyncio
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from socket import socket
+from socket import AF_UNIX, SOCK_STREAM, socket
 from typing import Final
 
 from scepsy.deployment.backends import Backend, Pool
@@ -21,6 +21,30 @@ _POLL_S: Final = 0.05
 _READY_S: Final = 60.0
 _GRACE_S: Final = 2.0
 _AGAIN_S: Final = 1.0
+_SOCKET: Final = "haproxy.sock"
+
+
+class _Control:
+    """The socket on which HAProxy is told things: in the deployment's folder, for its owner only.
+
+    It is named by the folder's descriptor, because the path of a socket may have 107 bytes only.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        (directory / _SOCKET).unlink(missing_ok=True)
+        self._file = directory / _SOCKET
+        self._folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        self.path = f"/proc/self/fd/{self._folder}/{_SOCKET}"
+        self.socket = socket(AF_UNIX, SOCK_STREAM)
+        self.socket.bind(self.path)
+        self._file.chmod(0o600)
+        self.socket.listen()
+
+    def close(self) -> None:
+        """Nobody is told anything any more."""
+        self.socket.close()
+        os.close(self._folder)
+        self._file.unlink(missing_ok=True)
 
 
 class HAProxyFront:
@@ -54,6 +78,7 @@ class HAProxyFront:
         self._listener: socket | None = None
         self._told = Told(pools)
         self._binary = ""
+        self._control: _Control | None = None
         self._is_closed = False
 
     @property
@@ -70,6 +95,7 @@ class HAProxyFront:
         """Begin to answer on the socket, and keep doing so. Raises StartError or ScepsyError."""
         self._listener = listener
         self._binary = find_binary()
+        self._control = _Control(self._directory)
         text = configuration(
             self._told.names,
             gateway_port,
@@ -83,6 +109,7 @@ class HAProxyFront:
             await self._launch()
         except BaseException:
             await self._end()
+            self._control.close()
             raise
         self._keeping = asyncio.create_task(self._keep())
 
@@ -119,6 +146,8 @@ class HAProxyFront:
             self._keeping.cancel()
             await asyncio.gather(self._keeping, return_exceptions=True)
         await self._end()
+        if self._control is not None:
+            self._control.close()
 
     async def _until_idle(self, backends: list[Backend], timeout_s: float) -> bool:
         deadline_s = asyncio.get_running_loop().time() + timeout_s
@@ -169,10 +198,13 @@ class HAProxyFront:
         """Clients that come meanwhile wait: the socket is the controller's."""
         assert self._listener is not None  # noqa: S101 - given at the start
         log = self._directory / "logs" / "haproxy.log"
-        fd = self._listener.fileno()
-        env = {LISTENER: str(fd)} | ({API_KEY: self._api_key} if self._api_key is not None else {})
+        assert self._control is not None  # noqa: S101 - likewise
+        fds = (self._listener.fileno(), self._control.socket.fileno())
+        env = {LISTENER: str(fds[0]), CONTROL: str(fds[1])} | (
+            {API_KEY: self._api_key} if self._api_key is not None else {}
+        )
         argv = [self._binary, "-db", "-f", str(self._directory / "haproxy.cfg")]
-        self._process = process = await Shimmed.launch("haproxy", argv, env, log=log, grace_s=_GRACE_S, pass_fds=(fd,))
+        self._process = process = await Shimmed.launch("haproxy", argv, env, log=log, grace_s=_GRACE_S, pass_fds=fds)
         self._told.forget()
         self._on_change()
         deadline_s = asyncio.get_running_loop().time() + _READY_S
@@ -209,7 +241,16 @@ class HAProxyFront:
                 self._on_event(str(error))
 
     async def _sync(self, process: Shimmed) -> None:
-        await self._told.sync(f"{process.kept.scratch}/{CONTROL}", is_closed=self._is_closed)
+        """Raises ControlError, at once where HAProxy ends meanwhile."""
+        assert self._control is not None  # noqa: S101 - made at the start
+        telling = asyncio.ensure_future(self._told.sync(self._control.path, is_closed=self._is_closed))
+        try:
+            await asyncio.wait([telling, process.ended], return_when=asyncio.FIRST_COMPLETED)
+            if not telling.done():
+                raise ControlError("HAProxy has ended")
+        finally:
+            telling.cancel()
+        await telling
 
     def _all(self) -> list[Backend]:
         return [backend for pool in self._pools.values() for backend in pool.backends]

@@ -21,8 +21,8 @@ from typing import Final
 
 from scepsy_optimizer.errors import ScepsyError
 
-CONTROL: Final = "control"
-"""The name of its runtime socket, in its scratch folder."""
+CONTROL: Final = "SCEPSY_CONTROL"
+"""The environment variable with the number of the open socket on which it is told things."""
 LISTENER: Final = "SCEPSY_LISTENER"
 """The environment variable with the number of the open socket that it listens on."""
 MAP: Final = "llms.map"
@@ -79,7 +79,7 @@ def configuration(
     sections = {
         "global": [
             "default-path config",
-            f'stats socket "${{TMPDIR}}/{CONTROL}" mode 600 level admin',
+            f'stats socket "fd@${{{CONTROL}}}" level admin',
             "log stdout format raw local0 notice",
             f"nbthread {min(threads, _MOST_THREADS)}",
             f"tune.bufsize {_BUFFER_BYTES}",
