@@ -302,7 +302,7 @@ def describe(choices: Choices) -> str:
             f"{one.replicas}x{f'TP{one.tensor_parallel_size}' if one.fraction == 1 else f'{float(one.fraction):g}'}"
             for one in groups
         )
-        for llm, groups in choices.items()
+        for llm, groups in sorted(choices.items())
     )
 
 
