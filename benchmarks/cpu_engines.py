@@ -7,6 +7,7 @@ asks the same of every deployment.
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import subprocess
 import sys
@@ -80,6 +81,11 @@ def make_models(sizes: Mapping[str, tuple[int, int]], folder: Path) -> dict[str,
     return {llm: folder / llm for llm in sizes}
 
 
+def traced_name(number: int) -> str:
+    """What the traced executions are called."""
+    return f"traced {number}"
+
+
 async def trace(flows: Mapping[str, Flow], llms: tuple[str, ...], count: int, folder: Path) -> dict[str, Workload]:
     """What `count` executions of each workflow ask of the LLMs, as an endpoint of emulators has recorded it."""
     # Any profile will do: only how long calls are and which waits for which is used of these traces.
@@ -92,7 +98,7 @@ async def trace(flows: Mapping[str, Flow], llms: tuple[str, ...], count: int, fo
 
             async def one(workflow: str, number: int) -> None:
                 async with turns:
-                    await execute(session, running.url, workflow, flows[workflow], f"traced {number}")
+                    await execute(session, running.url, workflow, flows[workflow], traced_name(number))
 
             await asyncio.gather(*(one(workflow, number) for workflow in flows for number in range(count)))
     executions = read_executions([folder]).executions
@@ -121,20 +127,58 @@ def client() -> aiohttp.ClientSession:
     return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=300))
 
 
-async def execute(session: aiohttp.ClientSession, url: str, workflow: str, flow: Flow, name: str) -> None:
-    """One execution; the same name asks for the same. Raises RuntimeError where an answer is not what was asked for."""
-    rng = random.Random(f"{workflow} {name}")
-    headers = {WORKFLOW_HEADER: workflow, _EXECUTION_HEADER: f"{workflow} {name}"}
+async def execute(
+    session: aiohttp.ClientSession, url: str, workflow: str, flow: Flow, name: str, again: str = ""
+) -> None:
+    """One execution, its answers streamed; the same name asks for as much, and only with the same `again` for the same.
+
+    Raises RuntimeError where an answer is not what was asked for.
+    """
+    words = random.Random(f"{workflow} {name} {again}")
+    headers = {WORKFLOW_HEADER: workflow, _EXECUTION_HEADER: f"{workflow} {name} {again}"}
 
     async def call(llm: str, prompt_tokens: int, output_tokens: int) -> None:
-        body = {"model": llm, "prompt": rng.choices(_TOKENS, k=prompt_tokens), "max_tokens": output_tokens}
+        body = {"model": llm, "prompt": words.choices(_TOKENS, k=prompt_tokens), "max_tokens": output_tokens}
         body |= {"min_tokens": output_tokens, "ignore_eos": True, "temperature": 0}
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
         async with session.post(f"{url}/completions", json=body, headers=headers) as response:
-            answer = await response.json()
-        if response.status != 200 or answer["usage"]["completion_tokens"] != output_tokens:
-            raise RuntimeError(f"{llm} answered {response.status}: {str(answer)[:300]}")
+            answer = await response.read()
+        if response.status != 200 or _completion_tokens(answer) != output_tokens:
+            raise RuntimeError(f"{llm} answered {response.status}: {answer[-300:].decode(errors='replace')}")
 
-    await flow(call, rng)
+    await flow(call, random.Random(f"{workflow} {name}"))
+
+
+def _completion_tokens(answer: bytes) -> int | None:
+    """What the last piece of a stream says of its usage."""
+    pieces = [line[6:] for line in answer.splitlines() if line.startswith(b"data: {")]
+    usage = json.loads(pieces[-1]).get("usage") if pieces else None
+    return int(usage["completion_tokens"]) if usage else None
+
+
+async def output_tokens(workflow: str, flow: Flow, name: str) -> int:
+    """What an execution of that name generates in all."""
+    total = 0
+
+    async def call(_llm: str, _prompt_tokens: int, generated: int) -> None:
+        nonlocal total
+        total += generated
+
+    await flow(call, random.Random(f"{workflow} {name}"))
+    return total
+
+
+async def draw_evenly(workflow: str, flow: Flow, names: Sequence[str], count: int, seed: str) -> list[str]:
+    """So many of the names in random order, as long and as short ones among them as in all: by their output tokens
+    every so-manieth, from a random first. A sample at random would be of another mean by a few percent."""
+    rng = random.Random(seed)
+    sizes = {name: await output_tokens(workflow, flow, name) for name in names}
+    ordered = sorted(names, key=lambda name: (sizes[name], name))
+    step = len(ordered) / count
+    first = rng.uniform(0, step)
+    drawn = [ordered[int(first + number * step) % len(ordered)] for number in range(count)]
+    rng.shuffle(drawn)
+    return drawn
 
 
 async def poisson(

@@ -2,8 +2,8 @@
 
 The whole way of a user: executions are traced through an endpoint (of emulators: only their calls and lengths count),
 `scepsy profile` measures both models on engines that it starts, latency and saturation are predicted, and only then are
-the engines deployed together and the workflows sent to their endpoint as Poisson arrivals, several seeds each. Models
-have random weights, and answers are as long as they are asked to be.
+the engines deployed together and the workflows sent to their endpoint as Poisson arrivals, several seeds each: the
+traced executions with new prompts. Models have random weights, and answers are as long as they are asked to be.
 
 Two cores carry engines, endpoint and clients, so the machine must be otherwise idle. Beside each profile and before and
 after each round a fixed loop is timed on each core, and during the round the time that other processes take is counted.
@@ -37,6 +37,7 @@ from benchmarks.cpu_engines import (
     WHOLE,
     Call,
     client,
+    draw_evenly,
     execute,
     is_missing,
     make_models,
@@ -44,6 +45,7 @@ from benchmarks.cpu_engines import (
     profile,
     saturate,
     trace,
+    traced_name,
 )
 from benchmarks.machine_noise import probe_s, watched
 from benchmarks.outcome import Bound, finish
@@ -249,9 +251,15 @@ async def one_round(
 ) -> tuple[tuple[float, ...], float]:
     """Latencies of the executions that count, and how many were finished per second."""
 
+    flow, drawn = WORKFLOWS[point.workflow], f"{point.workflow} {point.load} {seed}"
+    count = TRACED if point.load is None else round(point.rate_rps * ROUND_S)
+    names = await draw_evenly(point.workflow, flow, [traced_name(number) for number in range(TRACED)], count, drawn)
+    # Every prompt is new, or the engines would find it in their prefix caches.
+    again = f"{drawn} {len(point.rounds)}"
+
     async def one(number: int) -> None:
-        name = f"{point.load} {seed} {number}"
-        await execute(session, url, point.workflow, WORKFLOWS[point.workflow], name)
+        name = names[number % count]
+        await execute(session, url, point.workflow, flow, name, f"{again} {number}")
 
     if point.load is None:
         finished = await saturate(one, at_once=SATURATED, seconds=SATURATION_S)
@@ -259,7 +267,6 @@ async def one_round(
         await asyncio.sleep(TAIL_S)
         counted = [each for each in finished if each.done_s > 2 * LEAD_S]
         return (), len(counted) / (SATURATION_S - 2 * LEAD_S)
-    drawn = f"{point.workflow} {point.load} {seed}"
     finished = await poisson(one, rate_rps=point.rate_rps, seconds=ROUND_S, seed=drawn)
     counted = [each for each in finished if LEAD_S < each.sent_s < ROUND_S - TAIL_S]
     return tuple(each.latency_s for each in counted), len(finished) / ROUND_S
