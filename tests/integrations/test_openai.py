@@ -579,3 +579,17 @@ def test_errors_in_the_hook_do_not_reach_the_program(recorded, server, client, m
     assert len(list(client.chat.completions.create(model="m", messages=MESSAGES, stream=True))) == 6
     assert "capture failed" in caplog.text
     assert len(recorded.calls) == 2
+
+
+def test_what_has_been_written_does_not_wait_for_the_garbage_collector(server, client, tmp_path):
+    scepsy.instrument(directory=tmp_path)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            client.chat.completions.create(model="m", messages=MESSAGES)
+        scepsy.uninstrument()
+        left = [known for known in gc.get_objects() if type(known) is scepsy.capture.Handle]
+    finally:
+        gc.enable()
+    assert left == []

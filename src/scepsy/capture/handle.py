@@ -152,7 +152,7 @@ class Handle:
         """Its OpenTelemetry span; without a tracer, one that only identifies it."""
         self.identify()
         if self._span is None:
-            self._span = _Identified(self)
+            self._span = _Identified(self.trace_id, self.span_id)
         return self._span
 
     @property
@@ -244,14 +244,18 @@ class Handle:
 
 
 class _Identified(NonRecordingSpan):
-    """The span of a handle without a tracer: its identity, for those who ask for it."""
+    """The span of a handle without a tracer: its identity, for those who ask for it.
 
-    def __init__(self, handle: Handle) -> None:
-        self._handle = handle
+    It does not refer to the handle, which refers to it: together they would wait for the garbage collector.
+    """
+
+    def __init__(self, trace_id: int, span_id: int) -> None:
+        self._trace_id = trace_id
+        self._span_id = span_id
 
     def get_span_context(self) -> SpanContext:
         """The handle's identity, as OpenTelemetry has it."""
-        return SpanContext(self._handle.trace_id, self._handle.span_id, is_remote=False, trace_flags=_SAMPLED)
+        return SpanContext(self._trace_id, self._span_id, is_remote=False, trace_flags=_SAMPLED)
 
     def __repr__(self) -> str:
         return f"NonRecordingSpan({self.get_span_context()!r})"
