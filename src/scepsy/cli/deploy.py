@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--endpoint",
         choices=("gateway", "haproxy"),
         default="gateway",
-        help="what takes the requests: the built-in gateway (default), or HAProxy before it, for thousands per second",
+        help="what takes the requests: the built-in gateway (default), or HAProxy before it, on several cores",
     )
     parser.add_argument("--detach", action="store_true", help="return when ready; end it with scepsy stop")
     parser.add_argument(

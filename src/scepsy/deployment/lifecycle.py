@@ -170,8 +170,8 @@ def deploy(
     `record`, a directory, the endpoint records every call that it carries as trace files there.
     `affinity` sends requests that belong together to one replica: "session:HEADER" those with the same value of a
     header, "prefix" those whose prompts begin alike. With `api_key`, or else the environment's SCEPSY_API_KEY, the
-    endpoint answers only those who have it. With `endpoint` "haproxy" HAProxy stands before the gateway and takes a
-    fraction of its processor time; it records nothing and knows no affinity by prefix. `on_event` is told of progress,
+    endpoint answers only those who have it. With `endpoint` "haproxy" HAProxy stands before the gateway and uses
+    several cores; it records nothing and knows no affinity by prefix. `on_event` is told of progress,
     from another thread once all are ready.
     Raises ScepsyError; nothing is then left running.
     """
