@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--endpoint",
         choices=("gateway", "haproxy"),
         default="gateway",
-        help="what takes the requests: the built-in gateway (default), or HAProxy before it, for thousands per second",
+        help="what takes the requests: the built-in gateway (default), or HAProxy before it, on several cores",
     )
     parser.add_argument(
         "--kv-cache-bytes",
