@@ -192,11 +192,11 @@ def deploy(
     `affinity` sends requests that belong together to one replica: "session:HEADER" those with the same value of a
     header, "prefix" those whose prompts begin alike. With `api_key`, or else the environment's SCEPSY_API_KEY, the
     endpoint answers only those who have it. With `endpoint` "haproxy" HAProxy stands before the gateway and uses
-    several cores; it records nothing and knows no affinity by prefix. With `kv_cache_bytes` engines on GPUs are given the
-    KV cache that the plan counts on by `profiles`, in bytes, instead of a part of the memory, which vLLM measures while
-    it starts. At `otlp_endpoint` engines send their spans: an address with a path by HTTP, without one by gRPC. Once
-    stopped it takes no more requests, and ends what it answers, for `drain_s` at most. `on_event` is told of progress,
-    from another thread once all are ready. Raises ScepsyError; nothing is then left running.
+    several cores; it records nothing and knows no affinity by prefix. With `kv_cache_bytes` engines on GPUs are given
+    the KV cache that the plan counts on by `profiles`, in bytes, instead of a part of the memory, which vLLM measures
+    while it starts. At `otlp_endpoint` engines send their spans: an address with a path by HTTP, without one by gRPC.
+    Once stopped it takes no more requests, and ends what it answers, for `drain_s` at most. `on_event` is told of
+    progress, from another thread once all are ready. Raises ScepsyError; nothing is then left running.
     """
     _require_extra()
     if engine not in ENGINES:
