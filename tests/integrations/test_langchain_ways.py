@@ -1,6 +1,8 @@
 """The three ways to hear of LangChain's runs tell the same of the same programs."""
 
 import asyncio
+import subprocess
+import sys
 from contextlib import suppress
 
 import pytest
@@ -120,3 +122,22 @@ def test_other_managers_are_not_touched(monkeypatch):
     monkeypatch.setattr(managers.langchain, "AsyncCallbackManager", Strange)
     assert not managers.hook_managers({"on_chain_start": None}, {})
     assert dict(vars(managers.langchain.CallbackManager)) == before
+
+
+FIRST = (
+    "langchain_core.callbacks",
+    "langchain_core.runnables",
+    "langchain_core.prompts",
+    "langchain_openai",
+    "langgraph.graph",
+)
+
+
+@pytest.mark.parametrize("first", FIRST)
+def test_whichever_module_is_imported_first(first):
+    """LangChain's modules import each other in circles, and the hooks are made in the middle of one."""
+    program = f"import scepsy; scepsy.instrument(); import {first}\n"
+    program += "import langchain_core.runnables.config\n"
+    program += "from scepsy_integrations.langchain import managers; print(len(managers._patches))"
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert (int(shown.stdout) > 0, shown.stderr) == (True, "")

@@ -30,7 +30,7 @@ class Instrumentor(FrameworkHook):
     """
 
     parts = {  # noqa: RUF012 - declared in the base
-        "langchain_core.callbacks.manager": "scepsy_integrations.langchain.handler",
+        "langchain_core.runnables.config": "scepsy_integrations.langchain.handler",
         "langchain_core.embeddings.embeddings": "scepsy_integrations.langchain.embeddings",
         "langchain_core.documents.compressor": "scepsy_integrations.langchain.compressors",
     }

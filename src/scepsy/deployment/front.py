@@ -41,7 +41,9 @@ class _Control:
         self.socket.listen()
 
     def close(self) -> None:
-        """Nobody is told anything any more."""
+        """Nobody is told anything any more; a second time changes nothing."""
+        if self.socket.fileno() < 0:
+            return
         self.socket.close()
         os.close(self._folder)
         self._file.unlink(missing_ok=True)
