@@ -93,7 +93,8 @@ class RerankedSearch(Workflow):
         found = ctx.collect_events(ev, [Found] * QUERIES)
         if found is None:
             return None
-        passages = "\n".join(dict.fromkeys(passage for each in found for passage in each.passages))
+        best = {passage for each in found for passage in each.passages}
+        passages = "\n".join(passage for passage in PASSAGES if passage in best)
         question = await ctx.store.get("question")
         return StopEvent(result=str(await writer.acomplete(f"{passages}\n\nAnswer from these passages: {question}")))
 
