@@ -184,6 +184,10 @@ class Worker:
             except asyncio.CancelledError:
                 self.cancelled.set()
                 raise
+        if do == "promise and die":
+            await web.StreamResponse(headers={"Content-Type": "text/event-stream"}).prepare(request)
+            request.transport.abort()
+            return web.Response()
         if do in ("stream", "stream and die", "stream and hang"):
             return await self.stream(request, do)
         if do == "gzip":

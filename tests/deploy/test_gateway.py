@@ -44,6 +44,14 @@ async def test_an_answer_lost_before_its_first_byte_is_asked_for_once_more(stage
     assert len(stage.workers["big-0"].posted) == 2
 
 
+async def test_a_stream_that_was_only_promised_is_asked_for_once_more(stage, session):
+    """As vLLM promises one to whoever waits in its queue."""
+    async with await stage.post(session, {"model": "small", "do": "promise and die"}) as answer:
+        assert answer.status == 502
+        assert "ended while answering" in (await answer.json())["error"]["message"]
+    assert [len(stage.workers[name].posted) for name in ("small-0", "small-1")] == [1, 1]
+
+
 @both()
 async def test_a_model_without_a_ready_replica(stage, session):
     for name in ("small-0", "small-1"):

@@ -35,6 +35,7 @@ MAX_HEADER_BYTES: Final = 1 << 17
 MAX_BODY_BYTES: Final = 1 << 30
 # Beyond this a client is slower than its engine, which is then read no faster than the client reads.
 _CONGESTED_BYTES: Final = 1 << 16
+_STREAM: Final = "text/event-stream"
 
 
 @asynccontextmanager
@@ -76,6 +77,9 @@ async def exchange(
 ) -> AsyncIterator[Connection]:
     """Send the request to the server at `url` (without a path); gives the connection when the answer's head is there.
 
+    With a stream of events, when the first of them is: vLLM says that it will stream before it has begun with the
+    request, and what it has not begun another server can still answer.
+
     `extra` replaces headers, `withheld`, in small letters, are left out. Raises NotConnectedError or NoAnswerError: in
     both cases another server may be tried.
     """
@@ -95,6 +99,8 @@ async def exchange(
     connection = await connections.get(place)
     try:
         await connection.ask(b"\r\n".join(lines) + b"\r\n\r\n", body, is_bodiless=request.method == "HEAD")
+        if connection.content_type == _STREAM:
+            await connection.first_piece()
         yield connection
     except BaseException:
         connection.abort()

@@ -88,6 +88,13 @@ class Connection(asyncio.Protocol):
                 raise NoAnswerError(self.error)
             await self.wait()
 
+    async def first_piece(self) -> None:
+        """Wait until something of the body is there, or the answer is over. Raises NoAnswerError if it broke before."""
+        while not self._pieces and not self.is_over:
+            await self.wait()
+        if self.error is not None and not self._pieces:
+            raise NoAnswerError(self.error)
+
     def take(self) -> bytes:
         """What has come of the body since."""
         pieces, self._pieces = self._pieces, []
@@ -99,7 +106,7 @@ class Connection(asyncio.Protocol):
         self.resume()
 
     async def wait(self) -> None:
-        """Until something has changed: the answer has begun, is over, or was paused."""
+        """Until something has changed: the answer or its body has begun, is over, or was paused."""
         self._waiter = self._loop.create_future()
         try:
             await self._waiter
@@ -147,8 +154,10 @@ class Connection(asyncio.Protocol):
         if self._pieces:
             if self._sink is not None:
                 self._sink(self.take())
-            elif sum(map(len, self._pieces)) > _EARLY_BYTES:
-                self.pause()
+            else:
+                if sum(map(len, self._pieces)) > _EARLY_BYTES:
+                    self.pause()
+                self._wake()
         if self.is_over:
             self._wake()
 
