@@ -90,7 +90,7 @@ def room_of(cluster: Cluster, kinds: Iterable[ReplicaKind], max_units: int | Non
         mine = [kind for kind in known if _type(kind, cluster) == device_type]
         for size in sorted({kind.tensor_parallel_size for kind in mine}):
             groups = cluster.groups_of(device_type, size)
-            if 0 < groups * size < cluster.devices_of(device_type):
+            if groups * size < cluster.devices_of(device_type):
                 row(device_type, groups, lambda kind, size=size: kind.tensor_parallel_size // size)  # type: ignore[misc]
         if any(kind.fraction < 1 for kind in mine):
             devices = _devices(cluster, device_type, max_units)

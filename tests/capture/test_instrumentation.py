@@ -139,6 +139,7 @@ def test_opentelemetry_instrument_finds_the_hooks(tmp_path):
             """
             import openai
             assert hasattr(openai.OpenAI.request, "__wrapped__")
+            import langchain_core.runnables.config
             from langchain_core.callbacks import CallbackManager
             assert hasattr(CallbackManager.on_chain_start, "__wrapped__")
             import llama_index_instrumentation
@@ -164,6 +165,7 @@ def test_instrument_imports_no_framework_and_hooks_each_when_it_is_imported(tmp_
         assert hasattr(openai.OpenAI.request, "__wrapped__")
         scepsy.uninstrument()
         assert not hasattr(openai.OpenAI.request, "__wrapped__")
+        import langchain_core.runnables.config
         from langchain_core.callbacks import CallbackManager
         assert not hasattr(CallbackManager.on_chain_start, "__wrapped__")
     """

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
@@ -79,6 +79,7 @@ def test_fewest_bins_equals_trying_everything(items, devices):
     domains=st.lists(st.integers(1, 8), min_size=1, max_size=4),
     sizes=st.lists(st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 20, 30, 40]), min_size=1, max_size=12),
 )
+@example(domains=[1, 1], sizes=[20])
 def test_what_the_room_holds_is_placed_and_what_is_placed_keeps_the_rows(domains, sizes):
     nodes = [
         Node(name=f"n{i}", device_type="H100", devices=size, memory_gib=80, nvlink_domains=(tuple(range(size)),))
