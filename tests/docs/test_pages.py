@@ -80,7 +80,7 @@ def test_the_readme(reader):
     blocks = doc_blocks.blocks(ROOT / "README.md")
     program = next(block for block in blocks if block.language == "python")
     reader.run(program)
-    example = "for i in 1 2; do python examples/plain_asyncio.py; done"
+    example = "for i in {1..10}; do python examples/plain_asyncio.py; done"
     reader.run(doc_blocks.Block(0, "sh", "", example, ""))
     ran = 0
     for block in blocks:
