@@ -589,7 +589,12 @@ def test_what_has_been_written_does_not_wait_for_the_garbage_collector(server, c
         for _ in range(3):
             client.chat.completions.create(model="m", messages=MESSAGES)
         scepsy.uninstrument()
-        left = [known for known in gc.get_objects() if type(known) is scepsy.capture.Handle]
+        # Who has written or sent the last one may hold it for a moment longer.
+        for _ in range(500):
+            left = sum(type(known) is scepsy.capture.Handle for known in gc.get_objects())
+            if not left:
+                break
+            time.sleep(0.01)
     finally:
         gc.enable()
-    assert left == []
+    assert left == 0
