@@ -7,8 +7,6 @@ from dataclasses import replace
 from fractions import Fraction
 from itertools import islice
 
-import numpy as np
-
 from scepsy_optimizer.allocation import (
     MAX_UTILISATION,
     Choice,
@@ -21,6 +19,7 @@ from scepsy_optimizer.cluster import Cluster
 from scepsy_optimizer.colocation import calls_between
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.infeasible import explain_no_plan
+from scepsy_optimizer.judging import MAX_REPLAYED, least_replayed, with_replay
 from scepsy_optimizer.node_limits import place_on_few_nodes
 from scepsy_optimizer.pipeline import build_pipeline, workflow_latencies_s
 from scepsy_optimizer.placement import place
@@ -29,12 +28,7 @@ from scepsy_optimizer.profile import LLMProfile, Profiles, find_profile, profile
 from scepsy_optimizer.replica import check_range
 from scepsy_optimizer.requirements import NO_REQUIREMENTS, Requirements, check_requirements
 from scepsy_optimizer.search import budget_units, find_allocation, over_parts
-from scepsy_optimizer.steady_state import replay_steady_state, replayed_calls
 from scepsy_optimizer.workload import Workload
-
-MAX_REPLAYED = 6
-_MAX_REPLAYED_CALLS = 400_000
-"""Of all replayed candidates together, but for the best one: that takes some twenty seconds."""
 
 
 def optimize(
@@ -84,9 +78,8 @@ def optimize(
         )
     if replay_seed is None:
         return plans[0]
-    calls = replayed_calls(plans[0], workload)
-    kept = plans[: max(1, int(_MAX_REPLAYED_CALLS / calls))]
-    return least_replayed([with_replay(plan, profiles, workload, replay_seed) for plan in kept])
+    best = least_replayed(plans, profiles, workload, replay_seed)
+    return with_replay(best, profiles, workload, replay_seed)
 
 
 def find_plans(
@@ -197,20 +190,6 @@ def keep_in_place(plan: Plan, old: Plan, requirements: Requirements = NO_REQUIRE
     left = {llm: iter(groups) for llm, groups in slots.items()}
     kept = replace(plan, llms=tuple(replace(part, slots=next(left[part.llm])) for part in plan.llms))
     return plan if check_requirements(kept, requirements) else kept
-
-
-def with_replay(plan: Plan, profiles: Profiles, workload: Workload, seed: int) -> Plan:
-    """The plan with what a replay of it gives; the plan itself where that takes too long."""
-    replayed = replay_steady_state(plan, profiles, workload, rng=np.random.default_rng(seed))
-    if replayed is None or plan.prediction is None:
-        return plan
-    return replace(plan, prediction=replace(plan.prediction, replayed=replayed))
-
-
-def least_replayed(plans: Sequence[Plan]) -> Plan:
-    """The plan of least replayed mean latency; the first where one of them has not been replayed."""
-    means_s = [plan.prediction.replayed.mean_s for plan in plans if plan.prediction and plan.prediction.replayed]
-    return plans[means_s.index(min(means_s))] if len(means_s) == len(plans) else plans[0]
 
 
 def predict(

@@ -14,8 +14,9 @@ from scepsy_optimizer.allocation import MAX_UTILISATION, UNITS_PER_DEVICE
 from scepsy_optimizer.cluster import Cluster
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.infeasible import explain_no_plan
+from scepsy_optimizer.judging import MAX_REPLAYED, least_replayed, with_replay
 from scepsy_optimizer.plan import Plan
-from scepsy_optimizer.planner import MAX_REPLAYED, check_profiles, find_plans, least_replayed, optimize, with_replay
+from scepsy_optimizer.planner import check_profiles, find_plans, optimize
 from scepsy_optimizer.profile import Profiles
 from scepsy_optimizer.requirements import NO_REQUIREMENTS, Requirements
 from scepsy_optimizer.search import highest_rate
@@ -207,7 +208,10 @@ class _Asked:
         """The best of the plans within the limit: by percentile, else by replayed mean, else by mean."""
         is_replayed = self.percentile is not None or self.replay_seed is not None
         plans = self.plans(rate_rps, max_units, most=MAX_REPLAYED if is_replayed else 1)
-        if is_replayed:
+        if self.percentile is not None:
             plans = tuple(self.replayed(plan) for plan in plans)
+            return min((plan for plan in plans if self.value_s(plan) <= self.limit_s), key=self.value_s)
         kept = [plan for plan in plans if self.value_s(plan) <= self.limit_s]
-        return min(kept, key=self.value_s) if self.percentile is not None else least_replayed(kept)
+        if not is_replayed:
+            return kept[0]
+        return self.replayed(least_replayed(kept, self.profiles, self.workload, self.replay_seed or 0))

@@ -22,16 +22,19 @@ def replay_steady_state(
     *,
     rng: np.random.Generator,
     max_calls: int = 100_000,
+    settling_s: float | None = None,
 ) -> ReplayedLatency | None:
     """Replay Poisson arrivals of the workload's executions at the plan's rate, and measure what is steady.
 
     The run lasts for at least twelve mean latencies, of which the first two, while the engines fill, do not count, nor
-    the last tenth of the arrivals, while they empty. Returns None where that takes more than `max_calls` calls, or the
-    plan has no finite prediction to start from. Raises ScepsyError where the plan cannot serve the workload.
+    the last tenth of the arrivals, while they empty. With `settling_s` instead of the plan's own predicted mean, plans
+    of one rate meet the same executions at the same moments if their `rng` is the same. Returns None where that takes
+    more than `max_calls` calls, or the plan has no finite prediction to start from. Raises ScepsyError where the plan
+    cannot serve the workload.
     """
     if plan.prediction is None or not np.isfinite(plan.prediction.latency_s):
         return None
-    latency_s = plan.prediction.latency_s
+    latency_s = plan.prediction.latency_s if settling_s is None else settling_s
     if replayed_calls(plan, workload) > max_calls:
         return None
     count = steady_span(plan.rate_rps, latency_s)

@@ -16,9 +16,10 @@ from scepsy_optimizer.allocation import MAX_UTILISATION
 from scepsy_optimizer.cluster import Cluster
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.frontier import FrontierPoint, find_frontier
+from scepsy_optimizer.judging import with_replay
 from scepsy_optimizer.next_device import NextDevice, next_device
 from scepsy_optimizer.plan import Plan
-from scepsy_optimizer.planner import keep_in_place, with_replay
+from scepsy_optimizer.planner import keep_in_place
 from scepsy_optimizer.planner import optimize as optimize_workload
 from scepsy_optimizer.profile import Profiles
 from scepsy_optimizer.questions import optimize_devices, optimize_rate

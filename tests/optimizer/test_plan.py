@@ -10,6 +10,7 @@ from scepsy_optimizer.allocation import Choice
 from scepsy_optimizer.baselines import even_split
 from scepsy_optimizer.cluster import Cluster, Node, parse_cluster
 from scepsy_optimizer.errors import ScepsyError
+from scepsy_optimizer.judging import least_replayed
 from scepsy_optimizer.placement import check_placement, place
 from scepsy_optimizer.plan import LLMPlan, Plan, Slot
 from scepsy_optimizer.planner import describe_choices, hand_made_plan, optimize, plan_choices, predict
@@ -234,3 +235,16 @@ def test_a_mix_of_replicas_is_as_fast_as_its_replay(make_execution, profiles, gr
     timelines = [workload.timelines[index] for index in rng.integers(0, 20, 800)]
     replayed = replay(plan, profiles, timelines, poisson_arrivals_s(rng, rate_rps=rate_rps, executions=800))
     assert plan.prediction.latency_s == pytest.approx(replayed.latencies_s[80:-80].mean(), rel=0.05)
+
+
+def test_plans_are_judged_under_the_same_arrivals(workload, profiles):
+    """The faster of two plans replays faster under any arrivals that are the same for both, in either order."""
+    cluster = parse_cluster("8xH100")
+    llms = [demand.llm for demand in workload.demands]
+    small, large = (
+        predict(workload, profiles, cluster, dict.fromkeys(llms, whole(1, replicas)), rate_rps=6.0)
+        for replicas in (1, 2)
+    )
+    for seed in range(3):
+        assert least_replayed([small, large], profiles, workload, seed) == large
+        assert least_replayed([large, small], profiles, workload, seed) == large

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from scepsy_optimizer.allocation import MAX_UTILISATION, Choice, evaluate_groups, replica_kinds
 from scepsy_optimizer.cluster import Cluster, Node, parse_cluster
 from scepsy_optimizer.errors import ScepsyError
+from scepsy_optimizer.judging import with_replay
 from scepsy_optimizer.pipeline import build_pipeline
 from scepsy_optimizer.placement import check_placement
-from scepsy_optimizer.planner import find_plans, optimize, with_replay
+from scepsy_optimizer.planner import find_plans, optimize
 from scepsy_optimizer.questions import optimize_devices, optimize_rate
 from scepsy_optimizer.requirements import Requirements, WorkflowRequirements
 from scepsy_optimizer.search import find_allocation, highest_rate
