@@ -2,12 +2,14 @@
 
 `make bench` leaves what each benchmark prints in build/bench/NAME.txt. In the document the place of a benchmark is
 between two comments, `<!-- benchmarks.NAME -->` and `<!-- end -->`; the text around them is written by hand. What was
-not run keeps what is there. Exits with 1 where a file has no place.
+not run keeps what is there. Pictures go from build/bench/plots to docs/pictures/evaluation. Exits with 1
+where a file has no place.
 """
 
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "evaluation.md"
 OUTPUTS = ROOT / "build" / "bench"
+PICTURES = ROOT / "docs" / "pictures" / "evaluation"
 
 
 def main() -> int:
@@ -29,6 +32,9 @@ def main() -> int:
         shown = block(path)
         text = place.sub(lambda found, shown=shown: f"{found[1]}{shown}{found[2]}", text)
     DOCUMENT.write_text(text)
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    for plot in OUTPUTS.glob("plots/*.svg"):
+        shutil.copy(plot, PICTURES)
     if homeless:
         print(f"{DOCUMENT.relative_to(ROOT)} has no place for: {', '.join(homeless)}", file=sys.stderr)
     return 1 if homeless else 0

@@ -4,7 +4,7 @@ Beam search, retrieval with a reranker, and both together, on 4, 8 and 16 H100 (
 to beyond what our plan carries. Every policy makes its allocation for the rate at hand, or for the highest that it
 can plan for; all then replay the same executions at the same Poisson arrivals, several seeds each. The highest
 sustained rate is the one at which as much is done as arrives. Beyond it latency grows for as long as the load lasts:
-up to five minutes here. `--plots DIR` draws latency over rate.
+up to five minutes here. Latency over rate is drawn into build/bench/plots.
 """
 
 from __future__ import annotations
@@ -327,7 +327,9 @@ def draw(tables: Sequence[Table], directory: Path) -> None:
 def main() -> int:
     """Run every setting, print, judge."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--plots", type=Path, help="directory for one SVG per setting")
+    parser.add_argument(
+        "--plots", type=Path, default=Path("build/bench/plots"), help="directory for an SVG per setting"
+    )
     parser.add_argument("--clusters", nargs="*", default=CLUSTERS)
     parser.add_argument("--mixes", nargs="*", default=tuple(MIXES))
     parser.add_argument("--loads", nargs="*", type=float, default=LOADS, help="single points, without sustained rates")
@@ -341,8 +343,7 @@ def main() -> int:
             show(table)
             sys.stdout.flush()
             tables.append(table)
-    if arguments.plots is not None:
-        draw(tables, arguments.plots)
+    draw(tables, arguments.plots)
     others = [policy for policy in POLICIES if policy not in ("ours", "paper")]
     throughput = [
         table.sustained_rps["ours"] / table.sustained_rps[other]
