@@ -50,6 +50,7 @@ LEAST_EXECUTIONS = 400
 OFFERED_FOR_S = 300.0
 MOST_CALLS = 40_000
 """A run lasts for five minutes or this many calls, whichever is less."""
+PLOTS = Path("build/bench/plots")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -327,9 +328,7 @@ def draw(tables: Sequence[Table], directory: Path) -> None:
 def main() -> int:
     """Run every setting, print, judge."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--plots", type=Path, default=Path("build/bench/plots"), help="directory for an SVG per setting"
-    )
+    parser.add_argument("--plots", type=Path, default=PLOTS, help="directory for one SVG per setting")
     parser.add_argument("--clusters", nargs="*", default=CLUSTERS)
     parser.add_argument("--mixes", nargs="*", default=tuple(MIXES))
     parser.add_argument("--loads", nargs="*", type=float, default=LOADS, help="single points, without sustained rates")

@@ -23,7 +23,7 @@ def show(path: Path) -> Mapping[str, float]:
     reading = read_executions([path])
     workload = aggregate(reading.executions)
     calls = sum(len(execution.calls) for execution in reading.executions)
-    print(f"\n{path}")
+    print(f"\n{path.relative_to(DATA) if path.is_relative_to(DATA) else path}")
     print(f"  {len(reading.executions)} executions, {calls} calls, {reading.spans} spans in {reading.files} file(s)")
     for what, found in (("left out", reading.dropped), ("mended", reading.repaired)):
         for reason, count in found.items():
