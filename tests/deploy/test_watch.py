@@ -41,10 +41,10 @@ def test_a_plan_follows_its_use(home, make_plan, make_part, profiles, tmp_path, 
         assert "0 executions in the last" in capsys.readouterr().out
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda number: execute(deployment, number, "ver"), range(16)))
-        # Until the recorder has written, and the last execution counts as whole.
+        # Until the recorder has written every call, and the last execution counts as whole.
         deadline = time.monotonic() + 40
         while (seen := recent(tmp_path / "traces", window_s=120, now_s=time.time())) is None or (
-            seen.workload.executions < 16
+            sum(demand.visits for demand in seen.workload.demands) * seen.workload.executions < 16 * 6 - 1e-6
         ):
             assert time.monotonic() < deadline
             time.sleep(0.5)
