@@ -14,7 +14,8 @@ CAPTURE_TESTS_NEED := '.[langchain,llama-index,openai,otlp]' aiohttp billiard hy
 LOWEST_TESTS_NEED := hypothesis ortools pytest pytest-asyncio pytest-xdist scipy simpy
 LOWEST_TESTS ?= tests/cli tests/collect tests/deploy tests/optimizer tests/report tests/traces tests/test_files.py
 TESTS ?= tests
-BENCHMARKS ?= $(basename $(notdir $(shell grep -l 'import Bound, finish' benchmarks/*.py)))
+# All but the one that needs a GPU.
+BENCHMARKS ?= $(filter-out one_gpu,$(basename $(notdir $(shell grep -l 'import Bound, finish' benchmarks/*.py))))
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help

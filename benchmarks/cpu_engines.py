@@ -113,11 +113,12 @@ def profile(
     device_type: str = "CPU",
     engine: str = "vllm-cpu",
     command: Sequence[str] = COMMAND,
+    options: Sequence[str] = PROFILE_OPTIONS,
 ) -> LLMProfile:
     """What `scepsy profile` measures, called as a user calls it."""
     words = [sys.executable, "-m", "scepsy", "profile", str(model), "--llm", llm, "--device-type", device_type]
     words += ["--engine", engine, "--command", " ".join(command), "--traces", str(traces)]
-    words += [*PROFILE_OPTIONS, "-o", str(target)]
+    words += [*options, "-o", str(target)]
     subprocess.run(words, check=True, stdout=sys.stderr)
     return load_profile(target)
 

@@ -3,9 +3,9 @@
 Seven made-up workflows (their token lengths and branching drawn at random; another `--seed` draws others) and real
 executions of a coding agent over many allocations, each at 20, 50 and 80 % of what that allocation carries. Replay runs
 every execution through step-by-step engines under Poisson arrivals; it stands for the truth here. Errors are relative
-to it, at the mean and at the 95th percentile. Each point is replayed twice, with executions and arrivals that are the
-same for all allocations, so that of two that differ in little the better one is known. "ceiling" is how well the two
-replays rank the allocations alike: what chance leaves to be ranked.
+to it, at the mean and at the 95th percentile. Each point is replayed four times, with executions and arrivals that are
+the same for all allocations, so that of two that differ in little the better one is known. "ceiling" is how well two of
+the replays and the other two rank the allocations alike: what chance leaves to be ranked.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from scepsy_optimizer.workload import Workload, aggregate
 LOADS = (0.2, 0.5, 0.8)
 ALLOCATIONS = 16
 TRACED = 300
-REPLAYS = 2
+REPLAYS = 4
 SPAN_IN_LATENCIES = 8
 LEAST_CALLS = 10_000
 ROUNDS = (1, *(steps << doublings for doublings in range(20) for steps in (2, 3)))
@@ -102,8 +102,8 @@ def one_load(name: str, load: float, seed: int) -> dict[str, float]:
             choices.append(drawn)
     results = np.array([one_point(workload, profiles, choice, load, seed=seed) for choice in choices])
     mean, p95, paper = results[:, :3].T
-    first, second = results[:, 3], results[:, 5]
-    truth, p95_truth = (first + second) / 2, (results[:, 4] + results[:, 6]) / 2
+    means, p95s = results[:, 3::2], results[:, 4::2]
+    truth, p95_truth = means.mean(axis=1), p95s.mean(axis=1)
     return {
         "latency_s": float(truth.mean()),
         "error": float(np.abs(mean / truth - 1).mean()),
@@ -112,7 +112,7 @@ def one_load(name: str, load: float, seed: int) -> dict[str, float]:
         "paper": float(np.abs(paper / truth - 1).mean()),
         "rank": rank_correlation(mean, truth),
         "paper_rank": rank_correlation(paper, truth),
-        "ceiling": rank_correlation(first, second),
+        "ceiling": rank_correlation(means[:, : REPLAYS // 2].sum(axis=1), means[:, REPLAYS // 2 :].sum(axis=1)),
     }
 
 

@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from scepsy_optimizer.allocation import MAX_UTILISATION, UNITS_PER_DEVICE, Groups
+from scepsy_optimizer.choosing import Allocation, choose
 from scepsy_optimizer.cluster import Cluster, parts_of
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.makespans import Makespans
 from scepsy_optimizer.profile import Profiles
 from scepsy_optimizer.requirements import NO_REQUIREMENTS, Requirements
-from scepsy_optimizer.search import Allocation, choose, highest_rate, list_tables
+from scepsy_optimizer.search import highest_rate, list_tables
 from scepsy_optimizer.workload import Workload
 
 EVERY_COUNT = 16

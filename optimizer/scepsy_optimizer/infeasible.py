@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from scepsy_optimizer.allocation import MAX_UTILISATION, UNITS_PER_DEVICE
+from scepsy_optimizer.choosing import Allocation
 from scepsy_optimizer.cluster import Cluster
 from scepsy_optimizer.pipeline import workflow_latencies_s
 from scepsy_optimizer.profile import Profiles
 from scepsy_optimizer.requirements import Requirements
-from scepsy_optimizer.search import Allocation, budget_units, find_allocation, highest_rate
+from scepsy_optimizer.search import budget_units, find_allocation, highest_rate
 from scepsy_optimizer.workload import Workload
 
 _ABOVE_ALL_OTHERS = 1e4

@@ -96,7 +96,8 @@ def find_plans(
 ) -> tuple[Plan, ...]:
     """The best few plans that the search met and that can be placed, least mean latency first, `most` at most.
 
-    Each is within five per cent of the best, and has the lower bound of the whole budget. Empty where no allocation
+    Each is within five per cent of the best, but for the best whose LLMs each have replicas of one kind, and has the
+    lower bound of the whole budget. Empty where no allocation
     carries the rate. Raises ScepsyError where an LLM has no profile.
     """
     check_profiles(workload, profiles, cluster)

@@ -1,39 +1,27 @@
-"""The search: which groups each LLM gets, so that the mean latency is least within the cluster's devices.
-
-The true mean makespan is at least every tangent to it (a pipeline). For one tangent the problem is a multiple-choice
-knapsack, which is solved exactly; that is all where the critical path does not move. Where it moves, the executions are
-put into groups, each group keeps all of its tangents, and the choice that minimises the sum of the groups' largest
-tangents is found by branch and bound (`branching.py`), until the bound and the best choice meet.
-"""
+"""The search: what each LLM may get at a rate, the allocation of least latency among that, and the highest rate."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from scepsy_optimizer.allocation import (
     MAX_UTILISATION,
     UNITS_PER_DEVICE,
-    Floats,
     Ints,
-    Option,
     OptionTable,
-    ReplicaKind,
     evaluate_groups,
     kind_of,
     table_of,
 )
-from scepsy_optimizer.branching import minimise
+from scepsy_optimizer.choosing import Allocation, choose
 from scepsy_optimizer.cluster import Cluster, parts_of
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.makespans import Makespans
-from scepsy_optimizer.master import Problem, can_pack
-from scepsy_optimizer.neighbours import neighbours
+from scepsy_optimizer.master import can_pack
 from scepsy_optimizer.options import Offer, capacity_by_units, list_counts, list_options, make_offer
 from scepsy_optimizer.profile import LLMProfile, Profiles, profiles_of
 from scepsy_optimizer.requirements import (
@@ -43,46 +31,11 @@ from scepsy_optimizer.requirements import (
     admitted_rows,
     allowed_types,
     max_units_of,
-    objective_weights,
 )
 from scepsy_optimizer.room import Room, room_of, undominated
 from scepsy_optimizer.workload import LLMDemand, Workload
 
 T = TypeVar("T")
-
-_GAP_GOAL = 1e-4
-_MAX_GROUPS = 10
-_NEAR = 0.05
-"""How much slower than the best a candidate may be, as a part of its latency."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """An option for each LLM, and the mean latency that they give together, workflows weighted as required."""
-
-    options: Mapping[str, Option]
-    latency_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Allocation:
-    """The best candidate, others near it that differ in replicas, and a proven lower bound on any allocation's latency.
-
-    The bound is for what is minimised: the mean latency, workflows weighted as required.
-    """
-
-    candidates: tuple[Candidate, ...]
-    lower_bound_s: float
-
-    @property
-    def options(self) -> Mapping[str, Option]:
-        """The options of the best candidate."""
-        return self.candidates[0].options
-
-    @property
-    def latency_s(self) -> float:
-        """The mean latency of the best candidate."""
-        return self.candidates[0].latency_s
 
 
 def find_allocation(
@@ -100,9 +53,9 @@ def find_allocation(
 
     The requirements weigh the workflows in that mean, limit the mean latency of each, and what each LLM may get. With
     `max_units` it takes at most that many tenths of a device, of all device types together. There are up to `most`
-    candidates, within five per cent of the best one. Returns None where no allocation carries the rate within the
-    requirements. Raises ScepsyError for a rate that is not positive or an
-    LLM without a profile.
+    candidates: within five per cent of the best one, but for the best whose LLMs each have replicas of one kind.
+    Returns None where no allocation carries the rate within the requirements. Raises ScepsyError for a rate that is not
+    positive or an LLM without a profile.
     """
     _check(workload, profiles, rate_rps)
     tables = list_tables(
@@ -118,113 +71,6 @@ def find_allocation(
         return None
     return choose(
         workload, Makespans(workload), cluster, tables, max_units=max_units, requirements=requirements, most=most
-    )
-
-
-def choose(
-    workload: Workload,
-    makespans: Makespans,
-    cluster: Cluster,
-    tables: Mapping[str, OptionTable],
-    *,
-    max_units: int | None = None,
-    requirements: Requirements = NO_REQUIREMENTS,
-    most: int = 1,
-) -> Allocation | None:
-    """The best option of each LLM from tables that are there already, such as those of a larger budget.
-
-    `makespans` are those of the workload; the rest is as in `find_allocation`.
-    """
-    groups = _group(workload, requirements)
-    offered = [tables[llm] for llm in makespans.llms]
-    room = room_of(cluster, (kind for table in offered for kind in table.kinds), max_units)
-
-    def is_possible(rows: tuple[int, ...]) -> bool:
-        replicas: Counter[ReplicaKind] = Counter()
-        for table, row in zip(offered, rows, strict=True):
-            replicas.update(dict(zip(table.kinds, table.counts[row].tolist(), strict=True)))
-        return room.holds(replicas)
-
-    problem = Problem(
-        speeds=[table.speeds for table in offered],
-        units=[room.taken(table.kinds, table.counts) for table in offered],
-        budgets=room.budgets,
-        areas=len(cluster.device_types),
-        accepts=is_possible,
-        group_weights=groups.weights,
-        limited=groups.limited,
-        limits_s=groups.limits_s,
-        scale_s=workload.latency_s,
-    )
-
-    def retime(speeds: Floats) -> tuple[Floats, Floats, Floats]:
-        found = makespans.tangents(speeds)
-        coefficients: Floats = np.tensordot(groups.members, found.coefficients, 1)
-        return groups.members @ found.makespans_s, groups.members @ found.fixed_s, coefficients
-
-    found = minimise(problem, retime, gap=_GAP_GOAL)
-    if not found.choices:
-        return None
-    choices = [found.choices[0]]
-    if most > 1:
-        labels = [_replicas_alike(table) for table in offered]
-        choices = neighbours(problem, retime, choices[0][1], labels, within=_NEAR, most=most)
-    candidates = tuple(
-        Candidate(
-            options={llm: table.option(row) for llm, table, row in zip(makespans.llms, offered, rows, strict=True)},
-            latency_s=latency_s,
-        )
-        for latency_s, rows in choices
-    )
-    return Allocation(candidates=candidates, lower_bound_s=found.lower_bound_s)
-
-
-def _replicas_alike(table: OptionTable) -> Ints:
-    """The same number for options of as many groups of each size and as many fractions, whatever these are."""
-    whole = np.array([kind.fraction == 1 for kind in table.kinds])
-    shapes = np.column_stack([table.counts[:, whole], table.counts[:, ~whole].sum(axis=1)])
-    labels: Ints = np.unique(shapes, axis=0, return_inverse=True)[1].ravel()
-    return labels
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Groups:
-    """Executions in groups, each of one workflow.
-
-    `members[g, e]` is what execution e counts in group g, so that the groups of a workflow add up to its mean makespan;
-    `weights[g]` what a group counts in the objective; `limited` has a row for each limit, with its workflow's groups.
-    """
-
-    members: Floats
-    weights: Floats
-    limited: NDArray[np.bool_]
-    limits_s: Floats
-
-
-def _group(workload: Workload, requirements: Requirements) -> _Groups:
-    """Several groups for each workflow: the sum of their bounds is tighter than one bound on the whole."""
-    objective = np.array(objective_weights(workload, requirements))
-    load = np.array(workload.weights)
-    by_workflow: dict[str, list[int]] = {}
-    for number, timeline in enumerate(workload.timelines):
-        by_workflow.setdefault(timeline.workflow, []).append(number)
-    each = max(1, _MAX_GROUPS // len(by_workflow))
-    names, weights, members = [], [], []
-    for workflow, numbers in by_workflow.items():
-        mean = load[numbers] / load[numbers].sum()
-        for first in range(min(each, len(numbers))):
-            row = np.zeros(len(load))
-            row[numbers[first::each]] = mean[first::each]
-            members.append(row)
-            names.append(workflow)
-            weights.append(float(objective[numbers].sum()))
-    limits_s = requirements.latency_limits_s
-    limited = [[name == workflow for name in names] for workflow in limits_s]
-    return _Groups(
-        members=np.array(members),
-        weights=np.array(weights),
-        limited=np.array(limited, dtype=bool).reshape(len(limits_s), len(names)),
-        limits_s=np.array(list(limits_s.values()), dtype=float),
     )
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scepsy_optimizer.baselines import even_split
+from scepsy_optimizer.choosing import choose
 from scepsy_optimizer.cluster import Cluster, parse_cluster
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.makespans import Makespans
@@ -17,7 +18,7 @@ from scepsy_optimizer.pipeline import build_pipeline, paper_latency_s, workflow_
 from scepsy_optimizer.placement import place
 from scepsy_optimizer.replica import CallSpeed
 from scepsy_optimizer.requirements import NO_REQUIREMENTS, Requirements, WorkflowRequirements, objective_weights
-from scepsy_optimizer.search import choose, find_allocation, highest_rate, list_tables
+from scepsy_optimizer.search import find_allocation, highest_rate, list_tables
 from scepsy_optimizer.workload import aggregate
 
 
