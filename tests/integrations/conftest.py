@@ -18,6 +18,7 @@ def _load(path):
 
 _recorded = _load(Path(__file__).parent.parent / "capture" / "recorded.py")
 _loopback = _load(Path(__file__).with_name("loopback.py"))
+_load(Path(__file__).with_name("openai_calls.py"))
 
 
 @pytest.fixture
@@ -45,3 +46,19 @@ async def server(_server):
     _server.seen.clear()
     yield _server
     await _server.close_clients()
+
+
+@pytest.fixture
+def client(server):
+    import openai
+
+    with openai.OpenAI(base_url=server.url, api_key="key") as made:
+        yield made
+
+
+@pytest.fixture
+async def aclient(server):
+    import openai
+
+    async with openai.AsyncOpenAI(base_url=server.url, api_key="key") as made:
+        yield made

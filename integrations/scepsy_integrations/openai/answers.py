@@ -9,6 +9,8 @@ from scepsy import semconv
 from scepsy.capture import Exchange, harmless
 
 _NOTHING: Final[dict[str, Any]] = {}
+_CHAT_USAGE: Final = ("prompt_tokens", "completion_tokens", "prompt_tokens_details", "completion_tokens_details")
+_RESPONSES_USAGE: Final = ("input_tokens", "output_tokens", "input_tokens_details", "output_tokens_details")
 
 
 @harmless
@@ -46,26 +48,27 @@ def extras(value: Any) -> Mapping[str, Any] | None:
 
 def note_identity(exchange: Exchange, known: Mapping[str, Any]) -> None:
     """Note which model answered, and the answer's id."""
+    attributes = exchange.handle.attributes
     model, name = known.get("model"), known.get("id")
     if isinstance(model, str):
-        exchange.note(semconv.RESPONSE_MODEL, model)
+        attributes[semconv.RESPONSE_MODEL] = model
     if isinstance(name, str):
-        exchange.note(semconv.RESPONSE_ID, name)
+        attributes[semconv.RESPONSE_ID] = name
 
 
 def note_usage(exchange: Exchange, usage: Any) -> None:
     """Note tokens, in the words of the chat and completions APIs or in those of the responses API."""
     known = fields(usage)
-    given = _first(known, "prompt_tokens", "input_tokens")
-    made = _first(known, "completion_tokens", "output_tokens")
-    if given is None and made is None:
+    chat = known.get("prompt_tokens") is not None or known.get("completion_tokens") is not None
+    given, made, details_given, details_made = _CHAT_USAGE if chat else _RESPONSES_USAGE
+    if known.get(given) is None and known.get(made) is None:
         return
-    exchange.note(semconv.INPUT_TOKENS, given)
-    exchange.note(semconv.OUTPUT_TOKENS, made or 0)
-    details = _first(known, "prompt_tokens_details", "input_tokens_details")
+    exchange.note(semconv.INPUT_TOKENS, known.get(given))
+    exchange.handle.attributes[semconv.OUTPUT_TOKENS] = known.get(made) or 0
+    details = known.get(details_given)
     if details is not None:
         exchange.note(semconv.CACHED_TOKENS, fields(details).get("cached_tokens"))
-    details = _first(known, "completion_tokens_details", "output_tokens_details")
+    details = known.get(details_made)
     if details is not None:
         exchange.note(semconv.REASONING_TOKENS, fields(details).get("reasoning_tokens"))
 
@@ -84,11 +87,3 @@ def note_timings(exchange: Exchange, extra: Mapping[str, Any]) -> None:
     timings = extra.get("timings")
     if isinstance(timings, Mapping) and "predicted_ms" in timings:  # llama.cpp
         exchange.note(semconv.EXECUTION_S, (timings.get("prompt_ms", 0.0) + timings["predicted_ms"]) / 1e3)
-
-
-def _first(known: Mapping[str, Any], *names: str) -> Any:
-    for name in names:
-        found = known.get(name)
-        if found is not None:
-            return found
-    return None

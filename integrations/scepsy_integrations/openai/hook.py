@@ -22,7 +22,6 @@ from scepsy.capture import (
     muted,
     recorder,
     settings,
-    tell,
 )
 from scepsy_integrations.openai.answers import describe, is_raw
 from scepsy_integrations.openai.content import note_answer, note_question, records_content
@@ -45,27 +44,28 @@ _RAW_RESPONSE: Final = "X-Stainless-Raw-Response"
 
 
 class _Sending:
-    """A request that is being sent, current meanwhile, with the headers that it is to carry in its options."""
+    """A request that is being sent, current meanwhile."""
 
-    __slots__ = ("exchange", "given", "headers", "options", "token")
+    __slots__ = ("changed", "exchange", "given", "options", "token")
 
-    def __init__(self, exchange: Exchange, options: Any, own_headers: Mapping[str, Any]) -> None:
+    def __init__(self, exchange: Exchange, options: Any) -> None:
         self.exchange = exchange
         self.options = options
         self.token = attach(exchange.handle)
-        self.given = self.headers = options.headers
-        try:
-            known = self.given if isinstance(self.given, Mapping) else {}
-            if not any(name.lower() == "traceparent" for name in (*known, *own_headers)):
-                # In the options, not in the request that is made of them: HTTP headers are slow to change.
-                options.headers = self.headers = {**known, **exchange.handle.traceparent()}
-        except Exception as error:  # noqa: BLE001 - without these headers the call is still captured
-            tell("openai: trace headers", error)
+        self.given: Any = None
+        self.changed: dict[str, Any] | None = None
+
+    def put_headers(self, own_headers: Mapping[str, Any]) -> None:
+        """The headers that it is to carry into its options, for a client that hides from us what it makes of them."""
+        self.given = options_headers = self.options.headers
+        known = options_headers if isinstance(options_headers, Mapping) else {}
+        if not any(name.lower() == "traceparent" for name in (*known, *own_headers)):
+            self.options.headers = self.changed = {**known, **self.exchange.handle.traceparent()}
 
     def leave(self) -> None:
         """It is sent, or has failed; the options may be the program's own, which sends them again."""
         detach(self.token)
-        if self.options.headers is self.headers:
+        if self.changed is not None and self.options.headers is self.changed:
             self.options.headers = self.given
 
 
@@ -76,14 +76,14 @@ def _begin(client: Any, options: Any, streamed: bool) -> _Sending | None:  # noq
         return None
     body = options.json_data
     model = body.get("model") if isinstance(body, dict) else None
-    url = client.base_url
+    _, address, port = _server(client.base_url)
     exchange = Exchange.begin(
         recorder,
         operation,
         model=model if isinstance(model, str) else "",
         provider="openai",
-        address=url.host,
-        port=url.port or (443 if url.scheme == "https" else 80),
+        address=address,
+        port=port,
         streamed=streamed,
     )
     if isinstance(body, dict):
@@ -91,7 +91,29 @@ def _begin(client: Any, options: Any, streamed: bool) -> _Sending | None:  # noq
             note_question(exchange.handle, body)
         if streamed and settings.include_usage:
             _ask_for_usage(exchange, options, body)
-    return _Sending(exchange, options, getattr(client, "_custom_headers", None) or {})
+    sending = _Sending(exchange, options)
+    if not hasattr(client._prepare_request, "__wrapped__"):  # noqa: SLF001 - a subclass has its own, and ours is not asked
+        _put_headers(sending, getattr(client, "_custom_headers", None) or {})
+    return sending
+
+
+@harmless
+def _put_headers(sending: _Sending, own_headers: Mapping[str, Any]) -> None:
+    sending.put_headers(own_headers)
+
+
+_servers: Final[dict[int, tuple[Any, str, int]]] = {}
+_MOST_SERVERS: Final = 64
+
+
+def _server(url: Any) -> tuple[Any, str, int]:
+    """Host and port of a client's address, which is the same object in each of its calls."""
+    known = _servers.get(id(url))
+    if known is None or known[0] is not url:
+        if len(_servers) >= _MOST_SERVERS:
+            _servers.clear()
+        known = _servers[id(url)] = (url, url.host, url.port or (443 if url.scheme == "https" else 80))
+    return known
 
 
 @harmless
@@ -141,10 +163,19 @@ def _current() -> Exchange | None:
 
 
 @harmless
-def _attempt() -> None:
+def _attempt(request: Any) -> None:
     exchange = _current()
-    if exchange is not None:
-        exchange.attempt()
+    if exchange is None:
+        return
+    exchange.attempt()
+    headers, ours = request.headers, exchange.handle.traceparent()
+    # httpx looks through all of its headers for each one that is set, which takes as long as the rest of this hook.
+    items = getattr(headers, "_list", None)
+    if type(items) is not list or not items or len(items[0]) != 3:
+        if "traceparent" not in headers:
+            headers.update(ours)
+    elif not any(item[1] == b"traceparent" for item in items):
+        items += [(name.encode(), name.encode(), value.encode()) for name, value in ours.items()]
 
 
 @harmless
@@ -217,10 +248,21 @@ def _telling(tell_exchange: Callable[[], object]) -> Callable[[Patch], Method]:
     return hook
 
 
+def _preparing(patch: Patch) -> Method:
+    original = patch.original
+
+    def prepare(client: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        if patch.on:
+            _attempt(request)
+        return original(client, request, *args, **kwargs)
+
+    return prepare
+
+
 def _hooks(*, asynchronous: bool) -> dict[str, Callable[[Patch], Method]]:
     return {
         "request": _async_request if asynchronous else _request,
-        "_prepare_request": _telling(_attempt),
+        "_prepare_request": _preparing,
         "_sleep_for_retry": _telling(_backoff),
         "_process_response": _telling(_arrived),
     }

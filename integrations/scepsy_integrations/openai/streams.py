@@ -8,9 +8,10 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Final
 
 from scepsy.capture import Exchange, harmless, tell
-from scepsy_integrations.openai.answers import describe, extras, fields, is_raw, note_identity, note_timings, note_usage
+from scepsy_integrations.openai.answers import describe, extras, is_raw, note_identity, note_timings, note_usage
 from scepsy_integrations.openai.content import Spoken, note_answer, records_content
 
+_NOTHING: Final[dict[str, Any]] = {}
 _TAKING: Final = "a piece of a stream"
 _READ_LIMIT_BYTES: Final = 1 << 20
 """How much of a body that the program reads as bytes is kept to look for its usage."""
@@ -66,6 +67,7 @@ class _Followed:
         """Takes note of a piece; True keeps it from the program."""
         self.before_end = before_end
         self.reading = False
+        self.next_piece = getattr(pieces, "__anext__", None) or pieces.__next__
 
     @harmless
     def done(self) -> None:
@@ -103,18 +105,19 @@ class _Followed:
 
 
 def _take_event(exchange: Exchange, spoken: Spoken | None, piece: Any) -> bool:
-    # This runs for every piece of every stream: no step of it that the piece at hand does not need.
-    known = fields(piece)
+    # This runs for every piece of every stream: no step of it that the piece at hand does not need, and few calls.
+    known = piece if type(piece) is dict else getattr(piece, "__dict__", _NOTHING)
     if spoken is not None:
         spoken.add(known)
     choices = known.get("choices")
     if choices:
-        choice = fields(choices[0])
+        choice = choices[0]
+        choice = choice if type(choice) is dict else choice.__dict__
         delta = choice.get("delta")
         if delta is None:
             generated = bool(choice.get("text"))
         else:
-            made = fields(delta)
+            made = delta if type(delta) is dict else delta.__dict__
             # What openai's models do not know counts as well: servers stream reasoning under several names.
             generated = bool(made.get("content") or made.get("tool_calls") or extras(delta))
         exchange.received(answer=True, generated=generated)
@@ -152,7 +155,7 @@ class _Reader(_Followed):
         while True:
             self.reading = True
             try:
-                piece = next(self.pieces)
+                piece = self.next_piece()
             except StopIteration:
                 self.done()
                 raise
@@ -184,7 +187,7 @@ class _AsyncReader(_Followed):
         while True:
             self.reading = True
             try:
-                piece = await anext(self.pieces)
+                piece = await self.next_piece()
             except StopAsyncIteration:
                 self.done()
                 raise
