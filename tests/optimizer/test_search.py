@@ -194,6 +194,19 @@ def test_candidates_are_near_the_best_and_differ_in_replicas(pair, profiles):
     assert len(seen) == len(found.candidates)
 
 
+@pytest.mark.parametrize("rate", [4.0, 9.0, 12.0])
+def test_the_best_without_mixed_replicas_is_a_candidate(pair, profiles, rate):
+    cluster = parse_cluster("2x2xH100")
+    tables = list_tables(pair, profiles, cluster, rate_rps=rate)
+    alone = {llm: table.select(np.count_nonzero(table.counts, axis=1) == 1) for llm, table in tables.items()}
+    assert any(len(alone[llm]) < len(table) for llm, table in tables.items())
+    best = choose(pair, Makespans(pair), cluster, alone)
+    found = choose(pair, Makespans(pair), cluster, tables, most=6)
+    assert found.latency_s <= best.latency_s * (1 + 1e-4)
+    unmixed = [one for one in found.candidates if all(len(option.groups) == 1 for option in one.options.values())]
+    assert min(one.latency_s for one in unmixed) == pytest.approx(best.latency_s, rel=2e-4)
+
+
 def slower(steps):
     return replace(
         steps,
