@@ -33,6 +33,25 @@ DEVICE_MEMORY_GIB = {
     "RTX_PRO_6000": 95.6,
 }
 
+# Memory bandwidth per device in GB/s, by the data sheet.
+DEVICE_MEMORY_GB_S = {
+    "A100": 2039.0,
+    "A100_PCIE": 1935.0,
+    "A10G": 600.0,
+    "A30": 933.0,
+    "B200": 8000.0,
+    "B300": 7750.0,
+    "GB200": 8000.0,
+    "H100": 3350.0,
+    "H100_PCIE": 2039.0,
+    "H200": 4800.0,
+    "L4": 300.0,
+    "L40S": 864.0,
+    "RTX_4090": 1008.0,
+    "RTX_5090": 1792.0,
+    "RTX_PRO_6000": 1792.0,
+}
+
 # Devices that NVLink joins to all others of their node (for cores, their memory does). Tensor-parallel groups of others
 # would talk over PCIe: each is a domain of its own, unless a cluster file or NVML says otherwise.
 _WITH_NVLINK = frozenset({"A100", "A100_40GB", "B200", "B300", "CPU", "GB200", "H100", "H200"})

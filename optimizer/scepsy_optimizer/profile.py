@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from scepsy_optimizer.cluster import DEVICE_MEMORY_GB_S
 from scepsy_optimizer.errors import ScepsyError
 
 GIB = 1 << 30
@@ -50,6 +51,12 @@ class StepTimes:
             raise ScepsyError(f"{where}: times must be positive and never fall with batch, context or tokens")
 
 
+# Of an H100's bandwidth two processes under MPS that read weights side by side reached this part (tests/data/h100).
+_READABLE = 0.95
+
+_PREFILL_BETA, _DECODE_BETA, _DECODE_BETA_LARGE = 0.69, 0.18, 0.40
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FractionSlowdown:
     """How a device fraction f below one slows a step: 1 + beta (1/f - 1), a beta for each phase.
@@ -57,24 +64,35 @@ class FractionSlowdown:
     The defaults are fits to published measurements of SM shares under MPS (docs/design.md). `decode_beta` grows
     linearly in the batch from `decode_beta` at `small_batch` to `decode_beta_large` at `large_batch`. Betas of 1 are
     the pessimistic 1/f, which is also what MIG and CPU quotas do.
+
+    `down_to` is the least fraction that the betas were measured on. Below it a step slows by the default betas, where
+    those are larger: memory bandwidth that half the multiprocessors still reach, a tenth of them does not.
     """
 
-    prefill_beta: float = 0.69
-    decode_beta: float = 0.18
-    decode_beta_large: float = 0.40
+    prefill_beta: float = _PREFILL_BETA
+    decode_beta: float = _DECODE_BETA
+    decode_beta_large: float = _DECODE_BETA_LARGE
     small_batch: int = 32
     large_batch: int = 64
+    down_to: float = 0.0
 
     def prefill(self, fraction: float) -> float:
         """Factor on a prefill step's time."""
-        return 1 + self.prefill_beta * (1 / fraction - 1)
+        return self._factor(self.prefill_beta, _PREFILL_BETA, fraction)
 
     def decode(self, fraction: float, batch_size: float) -> float:
         """Factor on a decode step's time at that many sequences."""
         span = self.large_batch - self.small_batch
         part = min(1.0, max(0.0, (batch_size - self.small_batch) / span))
-        beta = self.decode_beta + part * (self.decode_beta_large - self.decode_beta)
-        return 1 + beta * (1 / fraction - 1)
+        return self._factor(
+            self.decode_beta + part * (self.decode_beta_large - self.decode_beta),
+            _DECODE_BETA + part * (_DECODE_BETA_LARGE - _DECODE_BETA),
+            fraction,
+        )
+
+    def _factor(self, beta: float, assumed: float, fraction: float) -> float:
+        measured = max(fraction, self.down_to)
+        return 1 + beta * (1 / measured - 1) + max(beta, assumed) * (1 / fraction - 1 / measured)
 
 
 PROPORTIONAL = FractionSlowdown(prefill_beta=1.0, decode_beta=1.0, decode_beta_large=1.0)
@@ -210,7 +228,7 @@ class StepClock:
         )
         self.attention_s = _attention_s(self._steps) * self._prefill_factor
         self.prompt_s = profile.prompt_s * self._prefill_factor
-        self._bandwidth = _bandwidth(self._steps)
+        self._bandwidth = _bandwidth(self._steps, profile.device_type)
 
     @property
     def host_s(self) -> float:
@@ -276,7 +294,8 @@ class StepClock:
     def bandwidth_share(self, decoding: float, context_tokens: float) -> float:
         """The part of a device's memory bandwidth that such decode steps take, one after another and undisturbed.
 
-        A step reads the weights and the contexts. What the device can read is the most that any step of the table does.
+        A step reads the weights and the contexts. What the device can read is nearly what its data sheet says; of a
+        device without one, and where the table has it faster, the most that any step of the table does.
         """
         step_s = self._profile.host_s + self.decode_s(decoding, context_tokens)
         return _bytes_read(self._steps, decoding, context_tokens) / step_s / self._bandwidth
@@ -303,13 +322,14 @@ def _bytes_read(steps: StepTimes, batch_size: float, context_tokens: float) -> f
     return steps.weights_gib * GIB + batch_size * context_tokens * steps.kv_bytes_per_token
 
 
-def _bandwidth(steps: StepTimes) -> float:
-    """Bytes per second that the fastest reading decode step of the table reads."""
-    return max(
+def _bandwidth(steps: StepTimes, device_type: str) -> float:
+    """Bytes per second that all who share a device can read together."""
+    fastest = max(
         _bytes_read(steps, batch, context) / time
         for batch, row in zip(steps.batch_sizes, steps.decode_s, strict=True)
         for context, time in zip(steps.context_tokens, row, strict=True)
     )
+    return max(fastest, _READABLE * 1e9 * DEVICE_MEMORY_GB_S.get(device_type, 0.0))
 
 
 def interpolate(x: float, grid: Sequence[float], values: Sequence[float]) -> float:

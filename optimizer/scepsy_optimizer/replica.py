@@ -155,16 +155,11 @@ def saturation_rps(profile: LLMProfile, tensor_parallel_size: int, fraction: flo
     """Calls per second at which a replica is full: every step decodes the largest batch that its memory allows.
 
     Each step then also computes the prompts that take the places of the calls that end with it, as far as its budget of
-    tokens allows. A fraction of a device never carries more than that fraction of what the whole device carries:
-    isolated slowdowns alone would let ten tenths exceed one whole. Returns 0 where the LLM does not fit.
+    tokens allows. A fraction's device is then taken to be full of replicas like it, each as busy: what all read beyond
+    the device's memory bandwidth slows their decoding, and prefilling gets no more than the fraction of the device. So
+    ten tenths carry more than one whole only as far as one whole leaves the device waiting. Returns 0 where the LLM
+    does not fit.
     """
-    alone = _saturation_rps(profile, tensor_parallel_size, fraction, shape)
-    if fraction == 1 or alone == 0:
-        return alone
-    return min(alone, fraction * _saturation_rps(profile, tensor_parallel_size, 1.0, shape))
-
-
-def _saturation_rps(profile: LLMProfile, tensor_parallel_size: int, fraction: float, shape: CallShape) -> float:
     limit = max_batch(profile, tensor_parallel_size, fraction, shape)
     if limit < 1:
         return 0.0
@@ -175,8 +170,13 @@ def _saturation_rps(profile: LLMProfile, tensor_parallel_size: int, fraction: fl
     decoding = prompts * (tokens - 1)
     # Preempted calls compute their prompts again.
     computed = np.array([prompts * (1 + _preempted(profile, shape, limit))])
-    step_s = replica.decode_s(np.array([decoding])) + replica.prompts_s(computed, np.ones(1), is_decoding=decoding > 0)
-    return float(prompts / step_s[0])
+    prompts_s = float(replica.prompts_s(computed, np.ones(1), is_decoding=decoding > 0)[0])
+    decode_s = float(replica.decode_s(np.array([decoding]))[0])
+    if fraction < 1:
+        contention = max(1.0, replica.clock.bandwidth_share(decoding, shape.context) / fraction)
+        decode_s = profile.host_s + (decode_s - profile.host_s) * contention
+        prompts_s *= max(1.0, 1 / fraction / profile.slowdown.prefill(fraction))
+    return prompts / (decode_s + prompts_s)
 
 
 def max_batch(profile: LLMProfile, tensor_parallel_size: int, fraction: float, shape: CallShape) -> float:

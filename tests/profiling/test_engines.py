@@ -113,6 +113,7 @@ def test_slowdown_is_found_again(betas):
     assert found.prefill_beta == pytest.approx(true.prefill_beta, abs=1e-9)
     assert found.decode_beta == pytest.approx(true.decode_beta, abs=1e-9)
     assert found.decode_beta_large == pytest.approx(true.decode_beta_large, abs=1e-9)
+    assert found.down_to == 0.2
 
 
 def test_an_engine_that_a_fraction_makes_faster_has_no_slowdown():
@@ -120,7 +121,7 @@ def test_an_engine_that_a_fraction_makes_faster_has_no_slowdown():
     prefill = [PrefillPoint(tokens=512, step_s=0.9 * clock.step_s(0, 0, 512), request_s=0.0)]
     decode = [DecodePoint(batch=1, context_tokens=88, step_s=0.9 * clock.step_s(1, 88, 0))]
     assert fit_slowdown(GENERATOR, [(0.5, (prefill, decode))]) == FractionSlowdown(
-        prefill_beta=0.0, decode_beta=0.0, decode_beta_large=0.0
+        prefill_beta=0.0, decode_beta=0.0, decode_beta_large=0.0, down_to=0.5
     )
 
 

@@ -121,3 +121,16 @@ def test_shares_under_mps_slow_work_as_the_model_of_fractions_says() -> None:
         # Computing is held to the share nearly in proportion; reading weights is not until the share is small.
         assert assumed.prefill(share) <= one["matmul_s"] / whole["matmul_s"] <= 1.05 / share
         assert 1 <= one["weights_8_s"] / whole["weights_8_s"] <= assumed.decode(share, 8) * 1.02
+
+
+def test_below_the_least_measured_fraction_the_assumed_betas_go_on(measured: LLMProfile) -> None:
+    # Half the GPU reads weights as fast as the whole one; from that alone a tenth would seem to.
+    lines = [json.loads(line) for line in (H100 / "mps_shares.jsonl").read_text(encoding="utf-8").splitlines()]
+    reading = {one["share_percent"]: one["weights_8_s"] for one in lines if one["processes"] == 1}
+    assert measured.slowdown.down_to == 0.5
+    for percent in (30, 20, 10):
+        seen = reading[percent] / reading[None]
+        assert measured.slowdown.decode(percent / 100, 8) == pytest.approx(seen, rel=0.1)
+    below = replace(measured.slowdown, down_to=0.0)
+    assert below.decode(0.5, 8) == measured.slowdown.decode(0.5, 8)
+    assert below.decode(0.1, 8) < 0.6 * reading[10] / reading[None]

@@ -182,6 +182,7 @@ def fit_slowdown(whole: LLMProfile, slowed: Sequence[tuple[float, Steps]]) -> Fr
         prefill_beta=max(0.0, statistics.median(prefill)),
         decode_beta=decode_beta,
         decode_beta_large=max(decode_beta, statistics.median(large)) if large else decode_beta,
+        down_to=min(fraction for fraction, _ in slowed),
     )
 
 

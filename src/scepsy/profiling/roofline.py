@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from scepsy.profiling.kernels import Kernels
 from scepsy.profiling.memory import kv_bytes_per_token
 from scepsy.profiling.shape import ModelShape
+from scepsy_optimizer.cluster import DEVICE_MEMORY_GB_S
 
 _OF_PEAK = 0.64
 _OF_BANDWIDTH = 0.81
@@ -44,23 +45,23 @@ class DeviceSpec:
 
 
 DEVICES: Mapping[str, DeviceSpec] = {
-    "A100": DeviceSpec(teraflops=312, memory_gb_s=2039, link_gb_s=300, nvlink=True),
-    "A100_PCIE": DeviceSpec(teraflops=312, memory_gb_s=1935, link_gb_s=16),
-    "A10G": DeviceSpec(teraflops=70, memory_gb_s=600, link_gb_s=16),
-    "A30": DeviceSpec(teraflops=165, memory_gb_s=933, link_gb_s=16),
-    "B200": DeviceSpec(teraflops=2250, memory_gb_s=8000, link_gb_s=900, fp8=True, nvlink=True),
-    "B300": DeviceSpec(teraflops=2250, memory_gb_s=7750, link_gb_s=900, fp8=True, nvlink=True),
-    "GB200": DeviceSpec(teraflops=2500, memory_gb_s=8000, link_gb_s=900, fp8=True, nvlink=True),
-    "H100": DeviceSpec(teraflops=989, memory_gb_s=3350, link_gb_s=450, fp8=True, nvlink=True),
-    "H100_PCIE": DeviceSpec(teraflops=756, memory_gb_s=2039, link_gb_s=32, fp8=True),
-    "H200": DeviceSpec(teraflops=989, memory_gb_s=4800, link_gb_s=450, fp8=True, nvlink=True),
-    "L4": DeviceSpec(teraflops=121, memory_gb_s=300, link_gb_s=16, fp8=True),
-    "L40S": DeviceSpec(teraflops=362, memory_gb_s=864, link_gb_s=16, fp8=True),
-    "RTX_4090": DeviceSpec(teraflops=165, memory_gb_s=1008, link_gb_s=16, fp8=True),
-    "RTX_5090": DeviceSpec(teraflops=209, memory_gb_s=1792, link_gb_s=32, fp8=True),
-    "RTX_PRO_6000": DeviceSpec(teraflops=468, memory_gb_s=1792, link_gb_s=32, fp8=True),
+    "A100": DeviceSpec(teraflops=312, memory_gb_s=DEVICE_MEMORY_GB_S["A100"], link_gb_s=300, nvlink=True),
+    "A100_PCIE": DeviceSpec(teraflops=312, memory_gb_s=DEVICE_MEMORY_GB_S["A100_PCIE"], link_gb_s=16),
+    "A10G": DeviceSpec(teraflops=70, memory_gb_s=DEVICE_MEMORY_GB_S["A10G"], link_gb_s=16),
+    "A30": DeviceSpec(teraflops=165, memory_gb_s=DEVICE_MEMORY_GB_S["A30"], link_gb_s=16),
+    "B200": DeviceSpec(teraflops=2250, memory_gb_s=DEVICE_MEMORY_GB_S["B200"], link_gb_s=900, fp8=True, nvlink=True),
+    "B300": DeviceSpec(teraflops=2250, memory_gb_s=DEVICE_MEMORY_GB_S["B300"], link_gb_s=900, fp8=True, nvlink=True),
+    "GB200": DeviceSpec(teraflops=2500, memory_gb_s=DEVICE_MEMORY_GB_S["GB200"], link_gb_s=900, fp8=True, nvlink=True),
+    "H100": DeviceSpec(teraflops=989, memory_gb_s=DEVICE_MEMORY_GB_S["H100"], link_gb_s=450, fp8=True, nvlink=True),
+    "H100_PCIE": DeviceSpec(teraflops=756, memory_gb_s=DEVICE_MEMORY_GB_S["H100_PCIE"], link_gb_s=32, fp8=True),
+    "H200": DeviceSpec(teraflops=989, memory_gb_s=DEVICE_MEMORY_GB_S["H200"], link_gb_s=450, fp8=True, nvlink=True),
+    "L4": DeviceSpec(teraflops=121, memory_gb_s=DEVICE_MEMORY_GB_S["L4"], link_gb_s=16, fp8=True),
+    "L40S": DeviceSpec(teraflops=362, memory_gb_s=DEVICE_MEMORY_GB_S["L40S"], link_gb_s=16, fp8=True),
+    "RTX_4090": DeviceSpec(teraflops=165, memory_gb_s=DEVICE_MEMORY_GB_S["RTX_4090"], link_gb_s=16, fp8=True),
+    "RTX_5090": DeviceSpec(teraflops=209, memory_gb_s=DEVICE_MEMORY_GB_S["RTX_5090"], link_gb_s=32, fp8=True),
+    "RTX_PRO_6000": DeviceSpec(teraflops=468, memory_gb_s=DEVICE_MEMORY_GB_S["RTX_PRO_6000"], link_gb_s=32, fp8=True),
 }
-"""Devices whose data sheet is known. Their memory is in `scepsy_optimizer.cluster`."""
+"""Devices whose data sheet is known. Their memory and its bandwidth are in `scepsy_optimizer.cluster`."""
 
 
 def roofline_kernels(
