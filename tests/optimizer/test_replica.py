@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from scepsy.profiling import shipped_profiles
 from scepsy_optimizer.allocation import Choice, evaluate_groups
-from scepsy_optimizer.cluster import parse_cluster
+from scepsy_optimizer.cluster import DEVICE_MEMORY_GB_S, parse_cluster
 from scepsy_optimizer.engine import Engine
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.planner import predict
-from scepsy_optimizer.profile import PROPORTIONAL, StepClock
+from scepsy_optimizer.profile import GIB, PROPORTIONAL, StepClock
 from scepsy_optimizer.replay import poisson_arrivals_s, replay
 from scepsy_optimizer.replica import CallShape, check_range, loaded_speeds, max_batch, saturation_rps
 from scepsy_optimizer.workload import aggregate
@@ -133,13 +133,32 @@ def test_the_closed_form_follows_the_engine_whose_core_the_server_shares(make_pr
 
 
 def test_fractions_never_carry_more_than_their_part(make_profile):
-    profile = make_profile("m", weights_gib=2.0)
+    # A device without a data sheet reads no more than the fastest step of the profile does.
+    profile = replace(make_profile("m", weights_gib=2.0), device_type="other")
     whole = saturation_rps(profile, 1, 1.0, SHAPE)
     for fraction in (0.5, 0.2, 0.1):
         assert 0 < saturation_rps(profile, 1, fraction, SHAPE) <= fraction * whole
     slow = profile.with_slowdown(PROPORTIONAL)
     assert call_s(slow, 1e-9, fraction=0.5) == pytest.approx(2 * call_s(slow, 1e-9), rel=1e-3)
     assert call_s(profile, 1e-9) < call_s(profile, 1e-9, fraction=0.5) < call_s(slow, 1e-9, fraction=0.5)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0])
+def test_all_fractions_of_a_device_read_no_more_than_it_can(make_profile, scale):
+    """At a tenth of the times a device would have to read its weights faster than it can, but for its neighbours."""
+    profile = make_profile("m", weights_gib=2.0, scale=scale)
+    answer = replace(SHAPE, input_tokens=1)
+    for fraction in (0.5, 0.2, 0.1):
+        tokens_per_s = saturation_rps(profile, 1, fraction, answer) * answer.generated_tokens
+        steps_per_s = tokens_per_s / max_batch(profile, 1, fraction, answer)
+        assert steps_per_s * profile.at(1).weights_gib * GIB / fraction <= 1e9 * DEVICE_MEMORY_GB_S["H100"]
+
+
+def test_halves_of_a_device_that_waits_carry_more_than_the_whole(make_profile):
+    waiting = make_profile("m", weights_gib=0.5, host_s=0.02)
+    answer = replace(SHAPE, input_tokens=1)
+    whole = saturation_rps(waiting, 1, 1.0, answer)
+    assert 0.6 * whole < saturation_rps(waiting, 1, 0.5, answer) < whole
 
 
 def test_what_does_not_fit_has_no_capacity(make_profile):
