@@ -1,7 +1,21 @@
+import importlib.util
+import sys
+from pathlib import Path
+
 import pytest
 
 from scepsy_optimizer.executions import Call, Execution, Span
 from scepsy_optimizer.profile import LLMProfile, Provenance, StepTimes
+
+
+def _load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+
+
+_load(Path(__file__).with_name("allocations.py"))
 
 
 def steps(size, *, scale=1.0, weights_gib=15.3):

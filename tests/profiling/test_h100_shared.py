@@ -51,9 +51,7 @@ async def traced(name: str, flow: Any, number: int) -> Execution:
         nonlocal now_s
         asked = Call(llm=llm, input_tokens=input_tokens, output_tokens=output_tokens)
         end_s = now_s + 0.001 * (input_tokens + output_tokens)
-        spans.append(
-            Span(id=f"{len(spans)}", parent="r", name=llm, kind="llm", start_s=now_s, end_s=end_s, call=asked)
-        )
+        spans.append(Span(id=f"{len(spans)}", parent="r", name=llm, kind="llm", start_s=now_s, end_s=end_s, call=asked))
         # Those that are asked at once begin before any of them ends.
         await asyncio.sleep(0)
         now_s = max(now_s, end_s)
