@@ -10,12 +10,14 @@ engines, and then these allocations are deployed one after another:
 * plan: what Scepsy finds for 80 % of the highest rate that it thinks possible.
 
 Of each are measured: executions per second while more are always waiting (the sustained rate), and the latency of
-Poisson arrivals at a rate that all of them carry. Two allocations that are the same are measured once.
+Poisson arrivals at a rate that all of them carry. Two allocations that are the same are measured once. Seeds come one
+after another, each on all allocations, the next in the opposite order: a machine that becomes slower meanwhile, as
+virtual ones do by a half, does so for all of them alike.
 
     python -m benchmarks.real_gain                           # on two CPU cores; needs .venv-vllm (make test-vllm)
     python -m benchmarks.real_gain --cluster 4xH100 --model large=Qwen/Qwen3-14B --model small=Qwen/Qwen3-1.7B
 
-The machine must be otherwise idle: what others took of it is printed beside every figure. About 25 minutes.
+The machine must be otherwise idle: what others took of it is printed beside every figure. About 35 minutes.
 """
 
 from __future__ import annotations
@@ -73,8 +75,8 @@ LIGHT = 0.6
 """The rate at which latencies are measured, as a part of the least highest rate of all allocations."""
 
 TRACED = 300
-ROUND_S, LEAD_S, TAIL_S = 30.0, 4.0, 2.0
-SATURATED, SATURATION_S = 24, 30.0
+ROUND_S, LEAD_S, TAIL_S = 26.0, 4.0, 2.0
+SATURATED, SATURATION_S = 24, 26.0
 _HALF = Fraction(1, 2)
 _RESAMPLED = 1000
 
@@ -181,10 +183,13 @@ def main() -> int:
         for name, workload in workloads.items():
             found, light_rps = allocate(name, workload, profiles, cluster)
             policies += found
+            for seed in range(args.seeds):
+                for policy in found if seed % 2 == 0 else reversed(found):
+                    runs = describe_choices(plan_choices(policy.plan))
+                    tell(begun_s, f"{name}, seed {seed}: {', '.join(policy.names)}: {runs}")
+                    with deploy(policy.plan, engine=engine, command=command, name="measured") as running:
+                        asyncio.run(measure(running.url, policy, light_rps, seed, quickest))
             for policy in found:
-                tell(begun_s, f"{name}: {', '.join(policy.names)}: {describe_choices(plan_choices(policy.plan))}")
-                with deploy(policy.plan, engine=engine, command=command, name="measured") as running:
-                    asyncio.run(measure(running.url, policy, light_rps, args.seeds, quickest))
                 show(policy)
         left = len(psutil.Process().children(recursive=True)) + len(list_deployments())
     notes = {llm: one.provenance.note for llm, one in profiles.items()}
@@ -278,26 +283,33 @@ def prediction(plan: Plan):
     return plan.prediction
 
 
-async def measure(url: str, policy: Policy, light_rps: float, seeds: int, quickest: Sequence[float]) -> None:
-    """Rounds of both kinds for each seed."""
+async def measure(url: str, policy: Policy, light_rps: float, seed: int, quickest: Sequence[float]) -> None:
+    """A round of both kinds."""
     name, flow = policy.workflow, WORKFLOWS[policy.workflow]
+
+    async def one(number: int) -> None:
+        await execute(session, url, name, flow, f"{seed} {number}")
+
     async with client() as session:
         await asyncio.gather(*(execute(session, url, name, flow, f"warm-up {number}") for number in range(8)))
-        for seed in range(seeds):
+        slower = [slowness(quickest)]
+        with watched() as disturbance:
+            arrived = await poisson(one, rate_rps=light_rps, seconds=ROUND_S, seed=f"{name} {seed}")
+            slower.append(slowness(quickest))
+            finished = await saturate(one, at_once=SATURATED, seconds=SATURATION_S)
+        await asyncio.sleep(TAIL_S)
+        slower.append(slowness(quickest))
+    policy.latencies_s.append([each.latency_s for each in arrived if LEAD_S < each.sent_s < ROUND_S - TAIL_S])
+    # The first lead is how long the engines take to fill up, the second how long a wave of executions does.
+    counted = sum(each.done_s > 2 * LEAD_S for each in finished)
+    policy.sustained_rps.append(counted / (SATURATION_S - 2 * LEAD_S))
+    policy.others.append(disturbance.others)
+    policy.slower.append(statistics.mean(slower))
 
-            async def one(number: int, seed: int = seed) -> None:
-                await execute(session, url, name, flow, f"{seed} {number}")
 
-            with watched() as disturbance:
-                arrived = await poisson(one, rate_rps=light_rps, seconds=ROUND_S, seed=f"{name} {seed}")
-                finished = await saturate(one, at_once=SATURATED, seconds=SATURATION_S)
-            await asyncio.sleep(TAIL_S)
-            policy.latencies_s.append([each.latency_s for each in arrived if LEAD_S < each.sent_s < ROUND_S - TAIL_S])
-            # The first lead is how long the engines take to fill up, the second how long a wave of executions does.
-            counted = sum(each.done_s > 2 * LEAD_S for each in finished)
-            policy.sustained_rps.append(counted / (SATURATION_S - 2 * LEAD_S))
-            policy.others.append(disturbance.others)
-            policy.slower.append(max(now / best for now, best in zip(probe_s(), quickest, strict=True)) - 1)
+def slowness(quickest: Sequence[float]) -> float:
+    """How much slower the cores are now than they were at their quickest."""
+    return statistics.mean(now / best for now, best in zip(probe_s(), quickest, strict=True)) - 1
 
 
 def show(policy: Policy) -> None:
@@ -309,7 +321,7 @@ def show(policy: Policy) -> None:
         f"(predicted {policy.predicted_rps:.2f}), "
         f"at {policy.plan.rate_rps:.2f}/s mean {policy.mean_s:.3f} s [{low:.3f}, {high:.3f}] "
         f"(predicted {policy.predicted_s:.3f}), p95 {policy.p95_s:.3f} s (replayed {policy.predicted_p95_s:.3f}); "
-        f"others {max(policy.others):.1%}, slower {max(policy.slower):.1%}",
+        f"others {max(policy.others):.1%}, cores slower by {statistics.mean(policy.slower):.1%}",
         flush=True,
     )
 
@@ -339,7 +351,7 @@ def judge(policies: Sequence[Policy], figures: Mapping[str, object], left: int) 
             | {"sustained_rps": policy.sustained_rps, "predicted_rps": policy.predicted_rps}
             | {"mean_s": policy.mean_s, "interval_s": policy.interval_s(), "predicted_s": policy.predicted_s}
             | {"p95_s": policy.p95_s, "replayed_p95_s": policy.predicted_p95_s, "executions": len(policy.all_s)}
-            | {"others": max(policy.others), "slower": max(policy.slower)}
+            | {"others": max(policy.others), "slower": statistics.mean(policy.slower)}
         )
     bounds = [
         Bound(name="least gain of the sustained rate over another allocation", value=min(rate_gains), at_least=1),

@@ -132,11 +132,11 @@ def test_a_quota_holds_a_process_at_its_part(wait):
             # The scheduler has stopped it at the end of its part of a period.
             wait(lambda: int(dict(line.split() for line in stat.read_text().splitlines())["nr_throttled"]) > 3)
             limits = {
-                1: ("cpu.cfs_quota_us", "2000"),
-                2: ("cpu.max", "2000 20000"),
+                1: {"cpu.cfs_quota_us": "2000", "cpu.shares": "102"},
+                2: {"cpu.max": "2000 20000", "cpu.weight": "10"},
             }
-            file, expected = limits[version]
-            assert (parent / name / file).read_text().strip() == expected
+            found = {file: (parent / name / file).read_text().strip() for file in limits[version]}
+            assert found == limits[version]
         finally:
             busy.kill()
     wait(lambda: quota.release(name) or not (parent / name).exists())

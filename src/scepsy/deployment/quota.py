@@ -58,12 +58,15 @@ def _create(name: str, part: float) -> Path:
     quota = str(max(1000, int(part * _PERIOD_US)))
     group = parent / name
     group.mkdir(exist_ok=True)
+    # The weight is for a core that others want as well: all fractions of it then lose as large a part of theirs.
     if version == 1:
         (group / "cpu.cfs_period_us").write_text(str(_PERIOD_US), encoding="ascii")
         (group / "cpu.cfs_quota_us").write_text(quota, encoding="ascii")
+        (group / "cpu.shares").write_text(str(max(2, round(1024 * part))), encoding="ascii")
     else:
         # It exists only where the parent passes its cpu controller on: the error names it.
         (group / "cpu.max").write_text(f"{quota} {_PERIOD_US}", encoding="ascii")
+        (group / "cpu.weight").write_text(str(max(1, round(100 * part))), encoding="ascii")
     return group
 
 
