@@ -120,7 +120,7 @@ bench: $(VENV)/.ready ## Run every benchmark, or those named in BENCHMARKS; what
 evaluation: $(VENV)/.ready ## Put what the benchmarks have printed into docs/evaluation.md
 	$(BIN)/python -m benchmarks.evaluation
 
-proof: $(VENV)/.ready $(VLLM_VENV)/.ready ## The plan beside other allocations on the real vLLM, on CPU (25 minutes, an idle machine)
+proof: $(VENV)/.ready $(VLLM_VENV)/.ready ## The plan beside other allocations on the real vLLM, on CPU (40 minutes, an idle machine)
 	$(BIN)/python -m benchmarks.real_gain
 
 wheel: $(VENV)/.ready ## Build the wheel, install it in a clean environment, run the tests on it

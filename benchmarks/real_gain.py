@@ -17,7 +17,7 @@ virtual ones do by a half, does so for all of them alike.
     python -m benchmarks.real_gain                           # on two CPU cores; needs .venv-vllm (make test-vllm)
     python -m benchmarks.real_gain --cluster 4xH100 --model large=Qwen/Qwen3-14B --model small=Qwen/Qwen3-1.7B
 
-The machine must be otherwise idle: what others took of it is printed beside every figure. About 35 minutes.
+The machine must be otherwise idle: what others took of it is printed beside every figure. About 40 minutes.
 """
 
 from __future__ import annotations
