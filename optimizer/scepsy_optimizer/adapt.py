@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from scepsy_optimizer.errors import ScepsyError
+from scepsy_optimizer.moves import plan_moves
 from scepsy_optimizer.plan import Plan
 from scepsy_optimizer.planner import keep_in_place, optimize, plan_choices, predict
 from scepsy_optimizer.profile import Profiles
@@ -91,8 +92,8 @@ def propose(
 ) -> Proposal | None:
     """The best plan for what is asked now on the same cluster, with what can stay in its place; None if not worth it.
 
-    It is worth it where something has drifted and the new plan saves more than `dead_band` of the latency that the
-    running one gives. Raises ScepsyError where no plan carries the rate.
+    It is worth it where something has drifted, any replica would start or stop, and the new plan saves more than
+    `dead_band` of the latency that the running one gives. Raises ScepsyError where no plan carries the rate.
     """
     if not drift.reasons:
         return None
@@ -108,7 +109,8 @@ def propose(
     best = keep_in_place(best, plan, requirements)
     assert best.prediction is not None  # noqa: S101 - every optimized plan has one
     saved = 1 - best.prediction.latency_s / drift.latency_s
-    return Proposal(plan=best, saved=saved) if saved > dead_band else None
+    is_worth_it = saved > dead_band and plan_moves(plan, best).steps
+    return Proposal(plan=best, saved=saved) if is_worth_it else None
 
 
 def _loads(plan: Plan) -> dict[str, float]:

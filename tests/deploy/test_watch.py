@@ -58,7 +58,8 @@ def test_a_plan_follows_its_use(home, make_plan, make_part, profiles, tmp_path, 
         assert load_plan(home / "deployments/default/plan.yaml") == load_plan(tmp_path / "better.yaml")
         assert all(one.phase == "ready" for one in deployment.status().replicas)
         # And now that it fits, nothing more is proposed.
-        assert main([*words, "--dead-band", "0"]) == 0
+        code = main([*words, "--dead-band", "0"])
+        assert code == 0, capsys.readouterr().out
 
 
 def test_what_cannot_be_followed_says_so(home, make_plan, make_part, profiles, capsys, monkeypatch, tmp_path):

@@ -68,6 +68,13 @@ def test_the_rate_may_leave_its_band(plan, make_workload, profiles, rate, is_tol
         assert "planned for 4" in drift.reasons[0]
 
 
+def test_a_plan_of_the_same_replicas_is_not_proposed(plan, make_workload, profiles):
+    elsewhere = replace(plan, rate_rps=40.0)
+    drift = find_drift(elsewhere, make_workload(), profiles, rate_rps=4.0)
+    assert drift.reasons
+    assert propose(elsewhere, make_workload(), profiles, drift, dead_band=-1.0) is None
+
+
 def test_a_load_that_doubled_is_seen_and_planned_for(plan, make_workload, profiles):
     busy = optimize(make_workload(), profiles, CLUSTER, rate_rps=30.0)
     other = make_workload(gen=2, ver=6)
