@@ -30,6 +30,13 @@ FRACTIONS = tuple(Fraction(tenths, UNITS_PER_DEVICE) for tenths in range(UNITS_P
 MAX_UTILISATION = 0.85
 """Loads above this part of saturation are not planned for: the closed form does not hold there, and nobody wants it."""
 
+UTILISATION_TOLERANCE = 0.02
+"""How far beyond the highest utilisation a plan may go, as a part of it, where one that keeps it is slower.
+
+Saturation is known to no better than some per cent, and at the highest rate only what has the largest saturation keeps
+the limit: that can be a quarter slower than what has one per cent less.
+"""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaKind:

@@ -9,6 +9,7 @@ from itertools import islice
 
 from scepsy_optimizer.allocation import (
     MAX_UTILISATION,
+    UTILISATION_TOLERANCE,
     Choice,
     Groups,
     Option,
@@ -47,23 +48,28 @@ def optimize(
 
     With `replay_seed` the best few candidates that the search met are replayed under the same arrivals, and the one of
     least replayed mean latency is taken; the bound and its gap stay those of the closed form. With `max_units` the plan
-    uses at most that many tenths of a device, and the bound is for that budget. `profiles` are by LLM name, for one or
-    more of the cluster's device types. Raises ScepsyError where the rate is out of reach, with the highest reachable
-    one and its bottleneck, or where an LLM has no profile or does not fit.
+    uses at most that many tenths of a device, and the bound is for that budget. A rate that some allocation carries
+    within `max_utilisation` may get a quicker one that is beyond it by up to `UTILISATION_TOLERANCE`. `profiles` are by
+    LLM name, for one or more of the cluster's device types. Raises ScepsyError where the rate is out of reach, with the
+    highest reachable one and its bottleneck, or where an LLM has no profile or does not fit.
     """
     # A replay's mean knows no weights: where there are some, the order of the closed form stands.
     is_chosen_by_replay = replay_seed is not None and not requirements.weighs_workflows
-    plans = find_plans(
-        workload,
-        profiles,
-        cluster,
-        rate_rps=rate_rps,
-        max_units=max_units,
-        max_utilisation=max_utilisation,
-        requirements=requirements,
-        provenance=provenance,
-        most=MAX_REPLAYED if is_chosen_by_replay else 1,
-    )
+
+    def find(limit: float) -> tuple[Plan, ...]:
+        return find_plans(
+            workload,
+            profiles,
+            cluster,
+            rate_rps=rate_rps,
+            max_units=max_units,
+            max_utilisation=limit,
+            requirements=requirements,
+            provenance=provenance,
+            most=MAX_REPLAYED if is_chosen_by_replay else 1,
+        )
+
+    plans = find(max_utilisation)
     if not plans:
         raise ScepsyError(
             explain_no_plan(
@@ -76,10 +82,19 @@ def optimize(
                 requirements=requirements,
             )
         )
+    tolerated = max_utilisation * (1 + UTILISATION_TOLERANCE)
+    if tolerated < 1 and _is_near_limit(plans[0]):
+        plans = find(tolerated) or plans
     if replay_seed is None:
         return plans[0]
     best = least_replayed(plans, profiles, workload, replay_seed)
     return with_replay(best, profiles, workload, replay_seed)
+
+
+def _is_near_limit(plan: Plan) -> bool:
+    """Whether the rate is so high that what the limit excludes may be what is quick."""
+    assert plan.prediction is not None  # noqa: S101 - every built plan has one
+    return plan.prediction.max_rate_rps < plan.rate_rps * (1 + UTILISATION_TOLERANCE)
 
 
 def find_plans(

@@ -5,13 +5,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scepsy_optimizer.allocation import MAX_UTILISATION, Choice, evaluate_groups, replica_kinds
+from scepsy_optimizer.allocation import (
+    MAX_UTILISATION,
+    UTILISATION_TOLERANCE,
+    Choice,
+    evaluate_groups,
+    replica_kinds,
+)
 from scepsy_optimizer.cluster import Cluster, Node, parse_cluster
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.judging import with_replay
 from scepsy_optimizer.pipeline import build_pipeline
 from scepsy_optimizer.placement import check_placement
-from scepsy_optimizer.planner import find_plans, optimize
+from scepsy_optimizer.planner import find_plans, optimize, plan_choices
 from scepsy_optimizer.questions import optimize_devices, optimize_rate
 from scepsy_optimizer.requirements import Requirements, WorkflowRequirements
 from scepsy_optimizer.search import find_allocation, highest_rate
@@ -46,6 +52,31 @@ def test_the_highest_rate_within_a_latency_is_a_limit(workload, profiles):
     assert beyond.latency_s > light.latency_s * 1.3
     with pytest.raises(ScepsyError, match="even without load: the least is"):
         optimize_rate(workload, profiles, CLUSTER, latency_s=light.latency_s / 2)
+
+
+def test_next_to_the_highest_rate_there_is_still_a_choice(workload, make_profile):
+    """What carries most is not what is quickest; beyond the highest rate nothing is tolerated."""
+    profiles = {"a": make_profile("a"), "b": make_profile("b", scale=0.2, weights_gib=4.0)}
+    cluster = parse_cluster("3xH100")
+    highest, _ = highest_rate(workload, profiles, cluster)
+    gained = []
+    for part in (0.97, 0.99, 0.9999):
+        plan = optimize(workload, profiles, cluster, rate_rps=highest * part)
+        (strict,) = find_plans(workload, profiles, cluster, rate_rps=highest * part, most=1)
+        utilisation = max(
+            evaluate_groups(
+                demand, (profiles[demand.llm],), plan_choices(plan)[demand.llm], calls_rps=plan.rate_rps * demand.visits
+            ).utilisation
+            for demand in workload.demands
+        )
+        assert utilisation <= MAX_UTILISATION * (1 + UTILISATION_TOLERANCE) * (1 + 1e-9)
+        assert plan.rate_rps <= plan.prediction.max_rate_rps * (1 + 1e-9)
+        assert plan.prediction.latency_s <= strict.prediction.latency_s * (1 + 1e-9)
+        gained.append(1 - plan.prediction.latency_s / strict.prediction.latency_s)
+    assert gained[0] == pytest.approx(0, abs=1e-9)
+    assert gained[-1] > 0.05
+    with pytest.raises(ScepsyError, match="out of reach"):
+        optimize(workload, profiles, cluster, rate_rps=highest * 1.001)
 
 
 def test_the_parts_of_the_latency_add_up_to_it(workload, profiles):
