@@ -16,7 +16,7 @@ from typing import Literal
 
 from scepsy_optimizer.cluster import Cluster, same_devices
 from scepsy_optimizer.move_order import Device, Occupation, order_steps
-from scepsy_optimizer.plan import Plan, Slot
+from scepsy_optimizer.plan import LLMPlan, Plan, Slot
 
 # Fractions in plans are decimal; this recovers tenths and thirds from them.
 _FINEST = 1000
@@ -124,18 +124,23 @@ def plan_moves(old: Plan, new: Plan) -> Moves:
     return Moves(steps=tuple(moves), stay=tuple(stay))
 
 
+def engine_of(part: LLMPlan) -> Engine:
+    """What the replicas of a group of a plan are."""
+    return Engine(
+        llm=part.llm,
+        model=part.model,
+        tensor_parallel_size=part.tensor_parallel_size,
+        fraction=Fraction(part.fraction).limit_denominator(_FINEST),
+        max_num_seqs=part.max_num_seqs,
+        max_num_batched_tokens=part.max_num_batched_tokens,
+        max_model_len=part.max_model_len,
+        gpu_memory_utilization=part.gpu_memory_utilization,
+    )
+
+
 def _replicas(plan: Plan) -> Iterator[tuple[Engine, Slot]]:
     for part in plan.llms:
-        engine = Engine(
-            llm=part.llm,
-            model=part.model,
-            tensor_parallel_size=part.tensor_parallel_size,
-            fraction=Fraction(part.fraction).limit_denominator(_FINEST),
-            max_num_seqs=part.max_num_seqs,
-            max_num_batched_tokens=part.max_num_batched_tokens,
-            max_model_len=part.max_model_len,
-            gpu_memory_utilization=part.gpu_memory_utilization,
-        )
+        engine = engine_of(part)
         for slot in part.slots:
             yield engine, slot
 

@@ -33,11 +33,10 @@ def test_a_conversation_is_an_execution_until_its_pause():
     third = joiner.join({"x-session-id": "a"}, "c", 136 * S)
     assert third.trace != first.trace
     (group,) = joiner.finished(137 * S)
-    assert (group.trace, group.start_ns, group.end_ns, group.calls, group.joined_by) == (
+    assert (group.trace, group.start_ns, group.end_ns, group.joined_by) == (
         first.trace,
         0,
         75 * S,
-        2,
         BY_HEADER,
     )
 

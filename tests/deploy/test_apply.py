@@ -4,6 +4,7 @@ import json
 import threading
 import urllib.error
 import urllib.request
+from dataclasses import replace
 
 import pytest
 
@@ -14,7 +15,9 @@ from scepsy.deployment.change import make_change
 from scepsy.deployment.specs import vllm_specs
 from scepsy.deployment.state import Order
 from scepsy.files import load_plan, save_plan
+from scepsy_optimizer.cluster import Cluster, parse_cluster
 from scepsy_optimizer.errors import ScepsyError
+from scepsy_optimizer.plan import Plan
 
 
 def call(deployment, model, **options):
@@ -213,3 +216,26 @@ def test_a_change_on_gpus_is_told_in_the_new_clusters_words(make_plan, make_part
     assert change.steps[2].spec.argv[change.steps[2].spec.argv.index("--max-num-seqs") + 1] == "64"
     assert [spec.id for spec in change.after.specs] == ["a-0", "a-1", "b-1"]
     assert (change.after.seed, change.drain_s) == (3, 9)
+
+
+def test_a_replica_weighs_what_its_type_of_device_carries(make_plan, make_part):
+    named = {"slow": "1xA100", "fast": "2xH100"}
+    cluster = Cluster(nodes=tuple(replace(parse_cluster(named[name]).nodes[0], name=name) for name in named))
+    before = make_part("a", 0, node="slow", device_type="A100", replica_rps=1.0)
+    old = Plan(cluster=cluster, rate_rps=1.0, llms=(before,))
+    new = replace(old, llms=(before, make_part("a", 0, 1, node="fast", device_type="H100", replica_rps=3.0)))
+    gpus = ["GPU-0", "GPU-1"]
+    order = Order(
+        name="x",
+        engine="vllm",
+        host="",
+        port=0,
+        specs=vllm_specs(old, ports=(1,), gpus=gpus),
+        start_timeout_s=1,
+        grace_s=1,
+        drain_s=1,
+    )
+    change = make_change(old, new, order, lambda plan: vllm_specs(plan, ports=(7,), gpus=gpus)[0], drain_s=9)
+    assert [spec.weight for spec in change.after.specs] == [
+        part.replica_weight for part in new.llms for _ in part.slots
+    ]

@@ -67,6 +67,16 @@ async def test_a_model_without_a_ready_replica(stage, session):
         assert answer.status == 200
 
 
+async def test_while_no_llm_has_a_pool_nothing_breaks(stage, session):
+    """As it is between an LLM and the one that takes its place."""
+    stage.pools.clear()
+    async with await stage.post(session, {"prompt": "of no model in particular"}) as answer:
+        assert answer.status == 503
+        assert "No LLM" in (await answer.json())["error"]["message"]
+    async with session.get(f"{stage.url}/health") as answer:
+        assert answer.status == 503
+
+
 @both()
 async def test_requests_wait_a_while_for_a_replica(stage, session):
     stage.pools["small"].wait_s = 5

@@ -46,8 +46,10 @@ def smi(listed):
 def test_gpus_in_their_order(tool, monkeypatch):
     tool("nvidia-smi", smi(LISTED))
     assert [gpu.uuid for gpu in machine.find_gpus()] == ["GPU-aaa", "GPU-bbb"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-bbb, 0,7")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-bb, 0,7,1")
     assert [gpu.uuid for gpu in machine.find_gpus()] == ["GPU-bbb", "GPU-aaa"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,0")
+    assert machine.find_gpus() == []
 
 
 def test_a_gpu_in_mig_mode_stands_for_its_instances(tool, monkeypatch, make_plan, make_part):

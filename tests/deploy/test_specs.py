@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 
 from scepsy.deployment import emulator_specs, vllm_cpu_specs, vllm_specs
+from scepsy.deployment.on_ray.order import replicas_of
 from scepsy_optimizer.errors import ScepsyError
 
 
@@ -116,3 +117,11 @@ def test_moving_to_another_port_changes_nothing_else(make_plan, make_part):
     assert moved.argv == tuple("9002" if word == "9001" else word for word in spec.argv)
     assert moved.url.endswith(":9002")
     assert moved.on_port(9001) == spec
+
+
+def test_ray_holds_no_fractions_of_cores(make_plan, make_part):
+    plan = make_plan(make_part("a", 0, fraction=0.5))
+    with pytest.raises(ScepsyError, match="a: a fraction of a core is not held on Ray"):
+        replicas_of(plan, "vllm-cpu", {"node0": "id"}, profiles={})
+    (one,) = replicas_of(plan, "vllm", {"node0": "id"}, profiles={})
+    assert one.resources == {"GPU": 0.5}

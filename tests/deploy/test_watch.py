@@ -84,6 +84,8 @@ def test_only_what_ended_within_the_window_counts(tmp_path):
     assert recent(tmp_path, window_s=60, now_s=time.time()) is None
     (tmp_path / "opened.jsonl").touch()
     assert recent(tmp_path, window_s=60, now_s=time.time()) is None
+    (tmp_path / "report.html").write_text("<html>not a trace, and no matter</html>")
+    assert recent(tmp_path, window_s=60, now_s=time.time()) is None
     (tmp_path / "torn.jsonl").write_text("{broken\n")
     with pytest.raises(ScepsyError, match=r"torn\.jsonl"):
         recent(tmp_path, window_s=60, now_s=time.time())

@@ -136,6 +136,22 @@ def test_an_agent_gets_its_nodes_part_of_the_plan(make_plan, options, tmp_path):
     }
 
 
+def test_pods_start_anew_where_their_configuration_has_changed(make_plan, options):
+    def annotations(plan):
+        pods = by_kind(render(plan, options(mode="agent")), "Deployment")
+        return {name: one["spec"]["template"]["metadata"]["annotations"] for name, one in pods.items()}
+
+    plan = make_plan()
+    before = annotations(plan)
+    assert annotations(plan) == before
+    # Only the second node has a judge; the endpoint knows all replicas and what each carries.
+    changed = replace(
+        plan, llms=tuple(replace(part, replica_rps=5.0) if part.llm == "judge" else part for part in plan.llms)
+    )
+    after = annotations(changed)
+    assert {name for name in before if after[name] != before[name]} == {"agents", "agents-agent-gpu-b"}
+
+
 @pytest.mark.parametrize("way", [{"mode": "agent"}, {"sharing": "hami"}])
 def test_the_endpoint_knows_every_replica_by_an_address_that_is_there(make_plan, options, way, tmp_path):
     manifests = render(make_plan(), options(namespace="serving", **way))
@@ -218,6 +234,21 @@ def test_a_plan_for_cores_is_refused(make_plan, options):
     nodes = tuple(replace(node, device_type="CPU") for node in plan.cluster.nodes)
     with pytest.raises(ScepsyError, match="node 'gpu-a' has no GPUs"):
         render(replace(plan, cluster=replace(plan.cluster, nodes=nodes)), options(sharing="hami"))
+
+
+def test_a_plan_for_mig_instances_is_refused(make_plan, options):
+    plan = make_plan()
+    nodes = tuple(replace(node, device_type="H100_MIG_1G_10GB") for node in plan.cluster.nodes)
+    with pytest.raises(ScepsyError, match="stands for MIG instances that are there already"):
+        render(replace(plan, cluster=replace(plan.cluster, nodes=nodes)), options(mode="agent"))
+
+
+def test_agents_answer_without_the_endpoints_key(make_plan, options):
+    pods = by_kind(render(make_plan(), options(**{**WAYS[-1], "mode": "agent"})), "Deployment")
+    envs = {name: container(one).get("env", []) for name, one in pods.items()}
+    assert envs.pop("agents") == []
+    assert len(envs) == 2
+    assert all({"name": "SCEPSY_API_KEY", "value": ""} in env for env in envs.values())
 
 
 def test_the_command_prints_what_kubectl_takes(make_plan, tmp_path, capsys):

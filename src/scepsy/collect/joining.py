@@ -62,7 +62,6 @@ class Group:
     start_ns: int
     end_ns: int
     running: int = 0
-    calls: int = 0
 
 
 class Joiner:
@@ -121,7 +120,6 @@ class Joiner:
                 end_ns=now_ns,
             )
         group.running += 1
-        group.calls += 1
         return Membership(trace=group.trace, parent=group.root, joined_by=joined_by, key=key)
 
 

@@ -24,7 +24,6 @@ class Receiver:
         self._store = store
         self._keep_content = keep_content
         self._unkept: set[str] = set()
-        self.requests = 0
         self.spans = 0
 
     def add_routes(self, app: web.Application) -> None:
@@ -56,7 +55,6 @@ class Receiver:
         except OSError as error:
             _logger.error("traces cannot be written to %s: %s", self._store.directory, error)  # noqa: TRY400 - no bug
             return _answer(503, content_type, f"traces cannot be written: {error.strerror}")
-        self.requests += 1
         self.spans += spans
         return _answer(200, content_type, "")
 

@@ -8,7 +8,7 @@ goes through the endpoint: whoever may call models must not be able to end them.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 from scepsy.deployment.specs import ReplicaSpec
 from scepsy.deployment.state import Order, replace_files
 from scepsy_optimizer.cluster import same_devices
-from scepsy_optimizer.moves import Move, describe_moves, plan_moves
+from scepsy_optimizer.moves import Move, describe_moves, engine_of, plan_moves
 from scepsy_optimizer.plan import LLMPlan, Plan, Slot
 
 CHANGES: Final = "changes"
@@ -68,11 +68,12 @@ def make_change(
     moves = plan_moves(old, new)
     same = same_devices(old.cluster, new.cluster)
     starting = [step for step in moves.steps if step.action == "start"]
+    types = {node.name: node.device_type for node in new.cluster.nodes}
     taken = {spec.id for spec in order.specs}
     started: list[ReplicaSpec] = []
     for step in starting:
         # One by one: a temporary replica may be one of a group of the new plan.
-        made = spec_of(replace(new, llms=(_part_of(step, old if step.temporary else new),)))
+        made = spec_of(replace(new, llms=(_part_of(step, old if step.temporary else new, types),)))
         started.append(replace(made, id=_free_id(made, taken)))
         taken.add(started[-1].id)
     running = list(order.specs)
@@ -100,12 +101,14 @@ def make_change(
     return Change(steps=tuple(steps), after=replace(order, specs=tuple(runs)), drain_s=drain_s)
 
 
-def _part_of(move: Move, plan: Plan) -> LLMPlan:
-    """The group that a move's replica is one of, with only that replica."""
+def _part_of(move: Move, plan: Plan, types: Mapping[str, str]) -> LLMPlan:
+    """The group that a move's replica is one of, with only that replica; `types` are of the nodes' devices.
+
+    Groups of one LLM on several types of devices may start equal engines, which do not carry the same.
+    """
+    device_type = types[move.slot.node]
     for part in plan.llms:
-        size = (part.llm, part.model, part.tensor_parallel_size, part.max_num_seqs)
-        asked = (move.engine.llm, move.engine.model, move.engine.tensor_parallel_size, move.engine.max_num_seqs)
-        if size == asked and abs(part.fraction - float(move.engine.fraction)) < 1e-3:
+        if engine_of(part) == move.engine and part.device_type in ("", device_type):
             return replace(part, replicas=1, slots=(move.slot,))
     raise AssertionError(f"{move}: of no group of its plan")
 

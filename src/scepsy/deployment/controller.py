@@ -64,7 +64,7 @@ class Controller:
         self._changing: asyncio.Task[None] | None = None
         self._front: HAProxyFront | None = None
         self._fleet = fleet = Fleet(order, logs=logs, session=session, on_change=self._note, on_event=_say)
-        api_key = os.environ.pop(API_KEY, None)
+        api_key = os.environ.pop(API_KEY, None) or None
         affinity = Affinity.parsed(order.affinity) if order.affinity is not None else None
         self.gateway = Gateway(
             fleet.pools,

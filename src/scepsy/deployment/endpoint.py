@@ -87,7 +87,7 @@ async def serve(config: Config, host: str, port: int, told: asyncio.Event) -> No
 
     async with client() as session, connections() as engines:
         affinity = Affinity.parsed(config.affinity) if config.affinity is not None else None
-        api_key = os.environ.get(API_KEY)
+        api_key = os.environ.get(API_KEY) or None
         gateway = Gateway(pools, engines, models=models, status=status, affinity=affinity, api_key=api_key)
         looking = [
             asyncio.create_task(_look_after(pool, backend, session))

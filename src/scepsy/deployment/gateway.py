@@ -115,7 +115,10 @@ class Gateway:
         if name is None:
             if len(self._pools) > 1:
                 return _unnamed(request)
-            name = next(iter(self._pools))
+            # None at all while the only LLM is replaced by another.
+            name = next(iter(self._pools), None)
+            if name is None:
+                return _error(503, "No LLM is served at the moment.", "ServiceUnavailableError", None)
         pool = self._pools.get(name)
         if pool is None:
             known = ", ".join(self._pools)
@@ -187,7 +190,7 @@ class Gateway:
 
     async def _health(self, _request: web.Request) -> web.Response:
         missing = [name for name, pool in self._pools.items() if not any(backend.ready for backend in pool.backends)]
-        if missing:
+        if missing or not self._pools:
             return web.json_response({"status": "not ready", "without_replica": missing}, status=503)
         return web.json_response({"status": "ok"})
 

@@ -16,6 +16,7 @@ from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.plan import Plan
 
 _ANSWER_S: Final = 60
+_SHORTEST_UUID: Final = 3
 _MPS_CONTROL = "nvidia-cuda-mps-control"
 _DEFAULT_MPS_DIRECTORY = "/tmp/nvidia-mps"  # noqa: S108 - NVIDIA's default, the same on every machine
 _PCI: Final = Path("/sys/bus/pci/devices")
@@ -62,8 +63,22 @@ def find_gpus() -> list[Gpu]:
         found[index] = found[whole.uuid] = instances or [whole]
         found |= {one.uuid: [one] for one in instances}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    wanted = [key for key in found if key.isdigit()] if visible is None else [key.strip() for key in visible.split(",")]
-    return [gpu for key in wanted for gpu in found.get(key, ())]
+    if visible is None:
+        return [gpu for key, those in found.items() if key.isdigit() for gpu in those]
+    # CUDA takes the beginning of a UUID for the UUID, and ends the list at the first name that it does not know.
+    chosen: list[Gpu] = []
+    for name in visible.split(","):
+        wanted = name.strip()
+        named = [
+            gpu
+            for key, those in found.items()
+            if key == wanted or (len(wanted) > _SHORTEST_UUID and key.startswith(wanted))
+            for gpu in those
+        ]
+        if not named:
+            break
+        chosen += [gpu for gpu in dict.fromkeys(named) if gpu not in chosen]
+    return chosen
 
 
 def _asked(tool: str, *words: str) -> list[str]:

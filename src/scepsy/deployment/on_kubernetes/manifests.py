@@ -8,6 +8,7 @@ keeps tensor parallelism within an NVLink domain; so nothing here needs a Leader
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -30,6 +31,7 @@ from scepsy.deployment.on_kubernetes.options import (
     object_name,
 )
 from scepsy.deployment.specs import replica_ids, vllm_arguments
+from scepsy.deployment.state import API_KEY
 from scepsy.files import plan_text
 from scepsy_optimizer.cluster import Cluster, Node
 from scepsy_optimizer.plan import LLMPlan, Plan
@@ -96,6 +98,8 @@ def _agents(plan: Plan, options: KubernetesOptions) -> list[Manifest]:
         for probe in ("readinessProbe", "livenessProbe"):
             container[probe] = {**container[probe], "httpGet": {"path": "/scepsy/status", "port": PORT}}
         container["volumeMounts"].append({"name": "plan", "mountPath": _CONFIG})
+        # The endpoint asks for the key and keeps it: probes and the endpoint itself come to agents without one.
+        container.setdefault("env", []).append({"name": API_KEY, "value": ""})
         pod = _pod(container, node, devices, options)
         pod["volumes"].append({"name": "plan", "configMap": {"name": title}})
         objects += [
@@ -105,7 +109,7 @@ def _agents(plan: Plan, options: KubernetesOptions) -> list[Manifest]:
                 "metadata": {"name": title, "labels": labels},
                 "data": {"plan.yaml": plan_text(own)},
             },
-            _deployment(title, labels, pod, {}),
+            _deployment(title, labels, pod, _restarted_by(plan_text(own))),
             _service(title, labels),
         ]
     return objects
@@ -126,7 +130,7 @@ def _by_node(plan: Plan) -> Iterator[tuple[Node, Plan]]:
 
 def _engine(part: LLMPlan, devices: Devices, options: KubernetesOptions) -> Manifest:
     argv = vllm_arguments(part, PORT, host="0.0.0.0", shutdown_s=_SHUTDOWN_S)  # noqa: S104 - within the pod
-    # With DRA, HAMi and MIG what the engine sees is its part; slices and MPS show the whole device's memory.
+    # With HAMi and MIG what the engine sees is its part; slices, and MPS behind DRA, show the whole device's memory.
     share = part.fraction if options.sharing in ("dra", "slices") else 1.0
     memory = f"{int(part.gpu_memory_utilization * share * 10000) / 10000:g}"
     return _container("engine", (*argv, "--gpu-memory-utilization", memory), devices, options)
@@ -199,6 +203,11 @@ def _deployment(name: str, labels: Mapping[str, str], pod: Manifest, annotations
     }
 
 
+def _restarted_by(config: str) -> Mapping[str, str]:
+    """Annotations under which a pod is made anew when what it reads at its start has changed."""
+    return {f"{LABEL}/config": hashlib.sha256(config.encode()).hexdigest()}
+
+
 def _service(name: str, labels: Mapping[str, str]) -> Manifest:
     return {
         "apiVersion": "v1",
@@ -240,7 +249,7 @@ def _endpoint(plan: Plan, options: KubernetesOptions) -> list[Manifest]:
             "metadata": {"name": title, "labels": labels},
             "data": {"endpoint.json": config},
         },
-        _deployment(title, labels, pod, {}),
+        _deployment(title, labels, pod, _restarted_by(config)),
         _service(title, labels),
     ]
 

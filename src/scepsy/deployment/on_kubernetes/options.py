@@ -81,3 +81,8 @@ def check_plan(plan: Plan, options: KubernetesOptions) -> None:
     for node in plan.cluster.nodes:
         if node.device_type == "CPU":
             raise ScepsyError(f"node {node.name!r} has no GPUs: on Kubernetes plans for GPUs are deployed")
+        if "_MIG_" in node.device_type:
+            raise ScepsyError(
+                f"node {node.name!r} stands for MIG instances that are there already; no pod can be sent to it: plan "
+                "for whole GPUs, and let --sharing mig ask for instances"
+            )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 from scepsy.deployment.specs import DEFAULT_COMMAND, Engine, ReplicaSpec, replica_ids, vllm_arguments
@@ -53,7 +53,6 @@ class RayOrder:
     start_timeout_s: float
     grace_s: float = 15.0
     drain_s: float = 30.0
-    models: Mapping[str, str] = field(default_factory=dict)
 
 
 def node_ids(plan: Plan, nodes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -88,7 +87,16 @@ def replicas_of(
     engine_args: Sequence[str] = (),
     seed: int = 0,
 ) -> tuple[RayReplica, ...]:
-    """Every replica of the plan. `profiles` has the text of a profile file for each of the plan's groups."""
+    """Every replica of the plan. `profiles` has the text of a profile file for each of the plan's groups.
+
+    Raises ScepsyError for fractions of cores.
+    """
+    parts = [part.llm for part in plan.llms if part.fraction < 1]
+    if engine == "vllm-cpu" and parts:
+        raise ScepsyError(
+            f"{', '.join(parts)}: a fraction of a core is not held on Ray, which has no quotas for processors; plan "
+            "for whole cores there, or deploy on one machine"
+        )
     groups = {id(part): number for number, part in enumerate(plan.llms)}
     return tuple(
         RayReplica(
