@@ -49,6 +49,8 @@ class StepTimes:
         columns = [*self.decode_s, *zip(*self.decode_s, strict=True), self.prefill_s]
         if any(list(column) != sorted(column) or column[0] <= 0 for column in columns):
             raise ScepsyError(f"{where}: times must be positive and never fall with batch, context or tokens")
+        if not self.kv_bytes_per_token > 0 or not self.weights_gib > 0:
+            raise ScepsyError(f"{where}: weights_gib and kv_bytes_per_token must be positive")
 
 
 # Of an H100's bandwidth two processes under MPS that read weights side by side reached this part (tests/data/h100).
@@ -75,6 +77,13 @@ class FractionSlowdown:
     small_batch: int = 32
     large_batch: int = 64
     down_to: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Raises ScepsyError where no slowdown is meant."""
+        if min(self.prefill_beta, self.decode_beta, self.decode_beta_large) < 0:
+            raise ScepsyError("slowdown: a fraction of a device is never faster than all of it: no beta is below 0")
+        if not self.small_batch < self.large_batch:
+            raise ScepsyError(f"slowdown: small_batch {self.small_batch} must be below large_batch {self.large_batch}")
 
     def prefill(self, fraction: float) -> float:
         """Factor on a prefill step's time."""

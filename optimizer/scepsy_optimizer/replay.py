@@ -183,7 +183,7 @@ class _Run:
         self._running_s = dict.fromkeys(replicas, 0.0)
         self._waiting_s = dict.fromkeys(replicas, 0.0)
         self._common: dict[int, dict[str, int]] = {}
-        # What each execution still waits for, per event; made when it arrives, dropped when it is over.
+        # What each execution still waits for, per event; made when it arrives. Some of it may happen after its end.
         self._open: dict[int, list[int]] = {}
         self._heap: list[tuple[float, int, Replica | None, int, int]] = []
         self._order = count()

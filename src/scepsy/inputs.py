@@ -108,7 +108,7 @@ def _given_profiles(profiles: ProfileSources | None, device_type: str) -> dict[s
     if profiles is None:
         return {}
     if isinstance(profiles, Mapping):
-        return dict(profiles)
+        return {llm: profile for llm, profile in profiles.items() if profile.device_type == device_type}
     paths: list[Path] = []
     for item in [profiles] if isinstance(profiles, str | Path) else profiles:
         path = Path(item)

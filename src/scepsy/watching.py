@@ -9,6 +9,7 @@ from typing import Final
 from scepsy.deployment.state import read_order
 from scepsy.traces.reading import iter_executions
 from scepsy.traces.records import Tally
+from scepsy.traces.sources import is_named_as_traces
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.workload import Workload, aggregate
 
@@ -43,7 +44,7 @@ def recent(folder: Path, *, window_s: float, now_s: float) -> Seen | None:
     """
     begin_s = now_s - window_s
     try:
-        found = [(path, path.stat()) for path in folder.rglob("*") if path.is_file()]
+        found = [(path, path.stat()) for path in folder.rglob("*") if is_named_as_traces(path) and path.is_file()]
     except OSError as error:
         raise ScepsyError(f"{folder}: cannot be read ({error.strerror})") from error
     # Nothing is in a file that somebody has only opened yet.

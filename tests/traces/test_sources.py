@@ -2,6 +2,7 @@ import gzip
 import json
 
 import pytest
+import zstandard
 
 from scepsy.traces import read_executions
 from scepsy.traces.reading import NO_TRACES
@@ -35,6 +36,15 @@ def test_noise_between_lines_is_counted(line, tmp_path):
     path = tmp_path / "spans.jsonl"
     path.write_text("\n".join(["{oops", line("one"), "", '{"resourceLogs": []}', "[1, 2]"]) + "\n")
     assert read_executions([path]).dropped == {NOT_JSON: 1, NOT_SPANS: 3}
+
+
+def test_lines_after_a_torn_first_one_are_read(line, tmp_path):
+    path = tmp_path / "spans.jsonl"
+    torn = line("zero")
+    path.write_text(torn[: torn.rindex(",") + 1] + "\n" + line("one") + "\n" + line("two") + "\n")
+    reading = read_executions([path])
+    assert [execution.id for execution in reading.executions] == ["one", "two"]
+    assert reading.dropped[NOT_JSON] == 1
 
 
 def test_directories_files_and_gzip_each_once(line, tmp_path):
@@ -91,3 +101,15 @@ def test_damaged_gzip_is_one_clear_error(line, tmp_path):
     path.write_bytes(gzip.compress(line("one").encode())[:40])
     with pytest.raises(ScepsyError, match="cannot be read"):
         read_executions([path])
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [("gz", gzip.compress), ("zst", zstandard.compress)])
+def test_a_byte_gone_wrong_is_one_clear_error(line, tmp_path, suffix, compress):
+    packed = bytearray(compress("".join(line(f"e{number}") for number in range(200)).encode()))
+    packed[len(packed) // 2] ^= 0xFF
+    packed[len(packed) // 2 + 1] ^= 0xFF
+    path = tmp_path / f"spans.jsonl.{suffix}"
+    path.write_bytes(packed)
+    with pytest.raises(ScepsyError, match="cannot be read") as caught:
+        read_executions([path])
+    assert str(path) in str(caught.value)

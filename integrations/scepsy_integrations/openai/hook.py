@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Final
+from weakref import WeakSet
 
 from scepsy import semconv
 from scepsy.capture import (
@@ -269,7 +270,7 @@ def _hooks(*, asynchronous: bool) -> dict[str, Callable[[Patch], Method]]:
 
 
 _patches: Final[list[Patch]] = []
-_OF_CLIENT: Final = "_scepsy_patches"
+_OF_CLIENT: Final = "_scepsy_undo"
 
 
 def instrument_client(client: object) -> Callable[[], None] | None:
@@ -280,25 +281,33 @@ def instrument_client(client: object) -> Callable[[], None] | None:
     if _patches or _OF_CLIENT in vars(client):  # all clients are hooked, or this one
         return lambda: None
 
+    clones: WeakSet[Any] = WeakSet()
+
     def copying(patch: Patch) -> Method:
         def copied(client: Any, *args: Any, **kwargs: Any) -> Any:
             clone = patch.original(client, *args, **kwargs)
-            if patch.on:
-                instrument_client(clone)
+            if patch.on and instrument_client(clone) is not None:
+                clones.add(clone)
             return clone
 
         return copied
 
     hooks = _hooks(asynchronous=isinstance(client, openai.AsyncOpenAI))
     patches = [Patch(client, name, hook) for name, hook in {**hooks, "copy": copying, "with_options": copying}.items()]
-    vars(client)[_OF_CLIENT] = patches
 
     def undo() -> None:
         for patch in patches:
             patch.undo()
         vars(client).pop(_OF_CLIENT, None)
+        for clone in list(clones):
+            vars(clone).get(_OF_CLIENT, _nothing)()
 
+    vars(client)[_OF_CLIENT] = undo
     return undo
+
+
+def _nothing() -> None:
+    """Undo nothing."""
 
 
 def turn_on() -> None:

@@ -100,6 +100,8 @@ class Endpoint:
             "stream": True,
             "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         }
+        import aiohttp
+
         times: list[tuple[float, int]] = []
         sent_s = time.perf_counter()
         try:
@@ -109,7 +111,7 @@ class Endpoint:
                 async for line in response.content:
                     if line.startswith(b"data: {"):
                         _note(json.loads(line[6:]), times)
-        except (OSError, TimeoutError) as error:
+        except (OSError, TimeoutError, aiohttp.ClientError) as error:
             raise ScepsyError(f"{self._where()} broke off: {type(error).__name__}: {error}") from error
         if not times or times[-1][1] != output_tokens:
             got = times[-1][1] if times else 0
@@ -118,8 +120,14 @@ class Endpoint:
 
     async def facts(self) -> EngineFacts:
         """Ask what it serves. Raises ScepsyError where the model is not among it."""
-        listed = json.loads(await self._get("/v1/models"))
-        models = {entry["id"]: entry for entry in listed["data"]}
+        listed = await self._get("/v1/models")
+        try:
+            models = {entry["id"]: entry for entry in json.loads(listed)["data"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ScepsyError(
+                f"{self.url}/v1/models answers no list of models but {listed[:80]!r}: is it an OpenAI-compatible "
+                "server?"
+            ) from error
         if self.llm not in models:
             raise ScepsyError(f"{self.url} does not serve {self.llm!r}; it serves {', '.join(models) or 'nothing'}")
         entry = models[self.llm]
@@ -153,6 +161,8 @@ class Endpoint:
         )
 
     async def _get(self, path: str, *, missing: str | None = None) -> str:
+        import aiohttp
+
         try:
             async with self.session.get(f"{self.url}{path}") as response:
                 if response.status == 404 and missing is not None:
@@ -160,7 +170,7 @@ class Endpoint:
                 if response.status != 200:
                     raise ScepsyError(f"{self.url}{path} answered {response.status}")
                 return await response.text()
-        except (OSError, TimeoutError) as error:
+        except (OSError, TimeoutError, aiohttp.ClientError) as error:
             raise ScepsyError(f"{self.url}{path} cannot be reached: {error}; is the engine running?") from error
 
     def _where(self) -> str:

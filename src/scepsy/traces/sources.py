@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from scepsy_optimizer.errors import ScepsyError
 STDIN = "-"
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".parquet", ".pb", ".binpb", ".otlp")
 COMPRESSED = ("", ".gz", ".zst")
+_ENDINGS = tuple(suffix + more for suffix in SUFFIXES for more in COMPRESSED)
 
 TORN = "lines cut off at the end of a file"
 NOT_JSON = "lines that are not JSON"
@@ -46,6 +48,11 @@ _LONGEST_MESSAGE = 1 << 30
 _LONGEST_DECOMPRESSED = 1 << 31
 
 
+def is_named_as_traces(path: Path) -> bool:
+    """Whether a file is called as traces are: what else lies in a directory of traces is not read."""
+    return path.name.endswith(_ENDINGS)
+
+
 def find_files(paths: Sequence[str | Path]) -> Mapping[Path, bool]:
     """The files among `paths` and the trace files in the directories among them, each once; "-" is standard input.
 
@@ -53,11 +60,10 @@ def find_files(paths: Sequence[str | Path]) -> Mapping[Path, bool]:
 
     Raises ScepsyError for a path that does not exist and for a directory without any trace file.
     """
-    endings = tuple(suffix + more for suffix in SUFFIXES for more in COMPRESSED)
     files: dict[Path, tuple[Path, bool]] = {}
     for path in map(Path, paths):
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.name.endswith(endings) and file.is_file())
+            found = sorted(file for file in path.rglob("*") if is_named_as_traces(file) and file.is_file())
             if not found:
                 raise ScepsyError(f"{path}: no trace files in this directory; expected *{', *'.join(SUFFIXES)}")
         elif path.exists() or str(path) == STDIN:
@@ -88,7 +94,7 @@ def read_spans(path: Path, tally: Tally, on_bytes: Callable[[int], None]) -> Ite
                     yield batch
                     del batch
                     on_bytes(stream.tell())
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ScepsyError(f"{path}: cannot be read: {error}") from error
 
 
@@ -98,8 +104,12 @@ def _spans(path: Path, stream: io.BufferedReader[Any], tally: Tally) -> Iterator
         with gzip.open(stream, "rb") as inner:
             yield from _content(path, io.BufferedReader(inner, _BUFFER), tally)
     elif start == _ZSTD:
-        with _zstandard().ZstdDecompressor().stream_reader(stream, read_across_frames=True) as inner:
-            yield from _content(path, io.BufferedReader(inner, _BUFFER), tally)
+        zstandard = _zstandard()
+        try:
+            with zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True) as inner:
+                yield from _content(path, io.BufferedReader(inner, _BUFFER), tally)
+        except zstandard.ZstdError as error:
+            raise ScepsyError(f"{path}: cannot be read: {error}") from error
     else:
         yield from _content(path, stream, tally)
 
@@ -124,7 +134,8 @@ def _content(path: Path, stream: io.BufferedReader, tally: Tally) -> Iterator[It
 def _json(path: Path, stream: io.BufferedReader, tally: Tally) -> Iterator[Iterable[RawSpan]]:
     """Values line by line, or one value over many lines."""
     found = lines = 0
-    for line in stream:
+    rest: Iterator[bytes] = iter(stream)
+    while (line := next(rest, None)) is not None:
         if line.isspace():
             continue
         lines += 1
@@ -137,13 +148,9 @@ def _json(path: Path, stream: io.BufferedReader, tally: Tally) -> Iterator[Itera
         try:
             value = msgspec.json.decode(line)
         except _NOT_JSON:
-            if lines == 1 and (whole := _whole(line, stream)) is not None:
-                value = whole
-            elif line.endswith(b"\n"):
-                tally.dropped[NOT_JSON] += 1
-                continue
-            else:
-                tally.dropped[TORN] += 1
+            value, rest = _over_lines(line, stream) if lines == 1 else (None, rest)
+            if value is None:
+                tally.dropped[NOT_JSON if line.endswith(b"\n") else TORN] += 1
                 continue
         for item in _items(value):
             reader = next((reader for reader in _READERS if reader.recognises(item)), None)
@@ -163,14 +170,15 @@ def _json(path: Path, stream: io.BufferedReader, tally: Tally) -> Iterator[Itera
 _READERS = (otlp_json, jaeger_export, langfuse_export, phoenix_export)
 
 
-def _whole(first: bytes, stream: io.BufferedReader) -> Any:
-    """The file as one JSON value, if its first line opens one that goes on over others; else None, nothing consumed."""
-    if first.strip() not in (b"{", b"[") and not first.rstrip().endswith((b",", b"{", b"[")):
-        return None
+def _over_lines(first: bytes, stream: io.BufferedReader) -> tuple[Any, Iterator[bytes]]:
+    """The file as one JSON value, if its first line opens one that goes on over others, else None; and what is left."""
+    if not first.rstrip().endswith((b",", b"{", b"[")):
+        return None, iter(stream)
+    following = stream.read()
     try:
-        return msgspec.json.decode(first + stream.read())
+        return msgspec.json.decode(first + following), iter(())
     except _NOT_JSON:
-        return None
+        return None, iter(io.BytesIO(following))
 
 
 def _items(value: Any) -> Iterator[Any]:
