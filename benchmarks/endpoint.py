@@ -114,7 +114,7 @@ def measure_all(
     """Figures and what becomes of each case, by router, and why those are absent that are."""
     figures, verdicts, absent = {"direct": measure(server, None)}, {}, {}
     for name, start in ROUTERS.items():
-        print(f"{name} ...", flush=True)
+        print(f"{name} ...", file=sys.stderr, flush=True)
         try:
             with start(server) as router:
                 found = measure(server, router)

@@ -1,13 +1,14 @@
 """What a plan is worth on the real vLLM: our plan beside what people do by hand, predicted beside measured.
 
 Two workflows, beam search and retrieval with a reranker, on two models of different size with random weights. Cores are
-devices, fractions of them quotas of the kernel's scheduler. Executions are traced, `scepsy profile` measures both
+devices, fractions of them quotas of the kernel's scheduler; of each core a fifth is left to the endpoint and to the
+clients, which on a GPU machine have cores of their own. Executions are traced, `scepsy profile` measures both
 engines, and then these allocations are deployed one after another:
 
 * even: as many devices for each LLM;
-* alone: each LLM scaled alone, as a horizontal autoscaler does, by replicas of half a device;
-* by size: half devices dealt out in proportion to the models' sizes, as a careful user would;
-* plan: what Scepsy finds for 80 % of the highest rate that it thinks possible.
+* alone: each LLM scaled alone, as a horizontal autoscaler does, by replicas of half of what a device has for engines;
+* by size: such halves dealt out in proportion to the models' sizes, as a careful user would;
+* plan: what Scepsy finds for 80 % of the highest rate that it thinks possible, within as much of the devices.
 
 Of each are measured: executions per second while more are always waiting (the sustained rate), and the latency of
 Poisson arrivals at a rate that all of them carry. Two allocations that are the same are measured once. Seeds come one
@@ -55,13 +56,13 @@ from benchmarks.cpu_engines import (
 from benchmarks.machine_noise import probe_s, watched
 from benchmarks.outcome import Bound, finish
 from scepsy.deployment import deploy, list_deployments
-from scepsy_optimizer.allocation import MAX_UTILISATION, Choice, Groups
+from scepsy_optimizer.allocation import MAX_UTILISATION, UNITS_PER_DEVICE, Choice, Groups
 from scepsy_optimizer.baselines import autoscaled, even_split, split_by_weight
 from scepsy_optimizer.cluster import Cluster, parse_cluster
 from scepsy_optimizer.plan import Plan
 from scepsy_optimizer.planner import describe_choices, optimize, plan_choices, predict
 from scepsy_optimizer.profile import LLMProfile
-from scepsy_optimizer.questions import optimize_rate
+from scepsy_optimizer.search import highest_rate
 from scepsy_optimizer.steady_state import replay_steady_state
 from scepsy_optimizer.workload import Workload
 
@@ -77,7 +78,7 @@ LIGHT = 0.6
 TRACED = 300
 ROUND_S, LEAD_S, TAIL_S = 26.0, 4.0, 2.0
 SATURATED, SATURATION_S = 24, 26.0
-_HALF = Fraction(1, 2)
+_CORES_FOR_ENGINES = Fraction(4, 5)
 _RESAMPLED = 1000
 
 Choices = Mapping[str, Groups]
@@ -181,7 +182,8 @@ def main() -> int:
         quickest = probe_s()
         policies: list[Policy] = []
         for name, workload in workloads.items():
-            found, light_rps = allocate(name, workload, profiles, cluster)
+            part = _CORES_FOR_ENGINES if on_cpu else Fraction(1)
+            found, light_rps = allocate(name, workload, profiles, cluster, part)
             policies += found
             for seed in range(args.seeds):
                 for policy in found if seed % 2 == 0 else reversed(found):
@@ -207,21 +209,23 @@ def arguments() -> argparse.Namespace:
 
 
 def allocate(
-    workflow: str, workload: Workload, profiles: Mapping[str, LLMProfile], cluster: Cluster
+    workflow: str, workload: Workload, profiles: Mapping[str, LLMProfile], cluster: Cluster, part: Fraction
 ) -> tuple[list[Policy], float]:
-    """Every way to allocate, those that come to the same as one, and the rate that all of them carry."""
-    highest_rps = optimize_rate(workload, profiles, cluster).rate_rps
-    ours = optimize(workload, profiles, cluster, rate_rps=TARGET * highest_rps, replay_seed=0)
+    """Every way to allocate `part` of each device, those that come to the same as one, and the rate that all carry."""
+    units = int(cluster.devices * part * UNITS_PER_DEVICE)
+    highest_rps, _ = highest_rate(workload, profiles, cluster, max_units=units)
+    ours = optimize(workload, profiles, cluster, rate_rps=TARGET * highest_rps, max_units=units, replay_seed=0)
     llms = [demand.llm for demand in workload.demands]
-    halves = {llm: half(profiles[llm]) for llm in llms}
+    halves = {llm: on_part(profiles[llm], part / 2) for llm in llms}
     limit, devices = cluster.largest_domain, 2 * cluster.devices
     sizes = {llm: profiles[llm].steps[0].weights_gib for llm in llms}
+    even = even_split(llms, profiles, devices=cluster.devices, max_tensor_parallel_size=limit)
     alone = autoscaled(workload, halves, rate_rps=highest_rps, devices=devices, max_tensor_parallel_size=1)
     by_size = split_by_weight(sizes, halves, devices=devices, max_tensor_parallel_size=1)
     ways: dict[str, Choices] = {
-        "even": even_split(llms, profiles, devices=cluster.devices, max_tensor_parallel_size=limit),
-        "alone": {llm: tuple(halved(choice) for choice in groups) for llm, groups in alone.items()},
-        "by size": {llm: joined(groups) for llm, groups in by_size.items()},
+        "even": {llm: tuple(sized(choice, part) for choice in groups) for llm, groups in even.items()},
+        "alone": {llm: tuple(sized(choice, part / 2) for choice in groups) for llm, groups in alone.items()},
+        "by size": {llm: joined(groups, part) for llm, groups in by_size.items()},
         "plan": plan_choices(ours),
     }
     plans: dict[str, Plan] = {}
@@ -249,9 +253,9 @@ def allocate(
     return found, light_rps
 
 
-def half(whole: LLMProfile) -> LLMProfile:
-    """An LLM on half a device, as if that were a device of its own: the unit of those who deal out by hand."""
-    decode, prefill = whole.slowdown.decode(0.5, 1), whole.slowdown.prefill(0.5)
+def on_part(whole: LLMProfile, part: Fraction) -> LLMProfile:
+    """An LLM on a part of a device, as if that were a device of its own: the unit of those who deal out by hand."""
+    decode, prefill = whole.slowdown.decode(float(part), 1), whole.slowdown.prefill(float(part))
     steps = tuple(
         replace(
             one,
@@ -261,20 +265,20 @@ def half(whole: LLMProfile) -> LLMProfile:
         for one in whole.steps
         if one.tensor_parallel_size == 1
     )
-    return replace(whole, steps=steps, device_memory_gib=whole.device_memory_gib / 2)
+    return replace(whole, steps=steps, device_memory_gib=whole.device_memory_gib * float(part))
 
 
-def halved(choice: Choice) -> Choice:
-    """Replicas of half a device each."""
-    return replace(choice, fraction=_HALF)
+def sized(choice: Choice, part: Fraction) -> Choice:
+    """Replicas of that part of a device each; those that take whole ones together keep them."""
+    return replace(choice, fraction=part) if choice.tensor_parallel_size == 1 else choice
 
 
-def joined(groups: Groups) -> Groups:
-    """So many halves as whole devices, and a half if one is left."""
+def joined(groups: Groups, part: Fraction) -> Groups:
+    """So many halves of `part` as wholes of it, and a half if one is left."""
     (group,) = groups
     whole, rest = divmod(group.replicas, 2)
-    found = [replace(group, replicas=whole)] if whole else []
-    return (*found, replace(group, fraction=_HALF, replicas=1)) if rest else tuple(found)
+    found = [replace(group, fraction=part, replicas=whole)] if whole else []
+    return (*found, replace(group, fraction=part / 2, replicas=1)) if rest else tuple(found)
 
 
 def prediction(plan: Plan):

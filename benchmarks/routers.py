@@ -92,7 +92,7 @@ def prepare(name: str) -> Path:
     """The folder with the programs of a router of others. Raises AbsentError."""
     marker = ENVIRONMENT / f".{name}"
     if not marker.exists() or marker.read_text(encoding="utf-8") != PACKAGES[name]:
-        print(f"installing {PACKAGES[name]} into {ENVIRONMENT.name} ...", flush=True)
+        print(f"installing {PACKAGES[name]} into {ENVIRONMENT.name} ...", file=sys.stderr, flush=True)
         python = ENVIRONMENT / "bin" / "python"
         if not python.exists():
             subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=True)

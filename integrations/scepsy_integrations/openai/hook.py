@@ -175,8 +175,12 @@ def _attempt(request: Any) -> None:
     if type(items) is not list or not items or len(items[0]) != 3:
         if "traceparent" not in headers:
             headers.update(ours)
-    elif not any(item[1] == b"traceparent" for item in items):
-        items += [(name.encode(), name.encode(), value.encode()) for name, value in ours.items()]
+        return
+    # A loop, which takes half as long as a generator does for so few.
+    for item in items:
+        if item[1] == b"traceparent":
+            return
+    items += [(name.encode(), name.encode(), value.encode()) for name, value in ours.items()]
 
 
 @harmless
