@@ -29,7 +29,7 @@ def test_errors_in_the_hook_do_not_reach_the_program(recorded, server, client, m
     monkeypatch.setattr(hook.Exchange, "begin", fail)
     assert client.chat.completions.create(model="m", messages=MESSAGES).choices
     monkeypatch.undo()
-    monkeypatch.setattr(hook.Exchange, "attempt", fail)
+    monkeypatch.setattr(hook.Exchange, "arrived", fail)
     monkeypatch.setattr(hook.Exchange, "received", fail)
     assert client.chat.completions.create(model="m", messages=MESSAGES).choices
     assert len(list(client.chat.completions.create(model="m", messages=MESSAGES, stream=True))) == 6

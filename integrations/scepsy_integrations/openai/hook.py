@@ -1,7 +1,7 @@
 """The hook for `openai.OpenAI` and `openai.AsyncOpenAI`, versions 2 and 3, Azure included.
 
-All endpoints, sync or async, parsed, raw or streamed, go through the client's `request`, and every attempt through its
-`_prepare_request`: these two, the pause between attempts and the moment before the answer is parsed are what is hooked.
+All endpoints, sync or async, parsed, raw or streamed, go through the client's `request`: that, the pause between
+attempts and the moment before the answer is parsed are what is hooked.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ _OPERATIONS: Final = {
     "/classify": semconv.RERANK,
 }
 
+_TRACEPARENT_LENGTH: Final = len("traceparent")
 _RAW_RESPONSE: Final = "X-Stainless-Raw-Response"
 """The header by which `with_raw_response` and `with_streaming_response` tell `request` what to return."""
 
@@ -57,11 +58,14 @@ class _Sending:
         self.changed: dict[str, Any] | None = None
 
     def put_headers(self, own_headers: Mapping[str, Any]) -> None:
-        """The headers that it is to carry into its options, for a client that hides from us what it makes of them."""
+        """The headers that each attempt is to carry, unless the program or its client has them, into its options."""
         self.given = options_headers = self.options.headers
         known = options_headers if isinstance(options_headers, Mapping) else {}
-        if not any(name.lower() == "traceparent" for name in (*known, *own_headers)):
-            self.options.headers = self.changed = {**known, **self.exchange.handle.traceparent()}
+        for names in (known, own_headers):
+            for name in names:
+                if len(name) == _TRACEPARENT_LENGTH and name.lower() == "traceparent":
+                    return
+        self.options.headers = self.changed = {**known, **self.exchange.handle.traceparent()}
 
     def leave(self) -> None:
         """It is sent, or has failed; the options may be the program's own, which sends them again."""
@@ -93,8 +97,7 @@ def _begin(client: Any, options: Any, streamed: bool) -> _Sending | None:  # noq
         if streamed and settings.include_usage:
             _ask_for_usage(exchange, options, body)
     sending = _Sending(exchange, options)
-    if not hasattr(client._prepare_request, "__wrapped__"):  # noqa: SLF001 - a subclass has its own, and ours is not asked
-        _put_headers(sending, getattr(client, "_custom_headers", None) or {})
+    _put_headers(sending, getattr(client, "_custom_headers", None) or {})
     return sending
 
 
@@ -164,30 +167,17 @@ def _current() -> Exchange | None:
 
 
 @harmless
-def _attempt(request: Any) -> None:
-    exchange = _current()
-    if exchange is None:
-        return
-    exchange.attempt()
-    headers, ours = request.headers, exchange.handle.traceparent()
-    # httpx looks through all of its headers for each one that is set, which takes as long as the rest of this hook.
-    items = getattr(headers, "_list", None)
-    if type(items) is not list or not items or len(items[0]) != 3:
-        if "traceparent" not in headers:
-            headers.update(ours)
-        return
-    # A loop, which takes half as long as a generator does for so few.
-    for item in items:
-        if item[1] == b"traceparent":
-            return
-    items += [(name.encode(), name.encode(), value.encode()) for name, value in ours.items()]
-
-
-@harmless
 def _backoff() -> None:
     exchange = _current()
     if exchange is not None:
         exchange.backoff()
+
+
+@harmless
+def _again() -> None:
+    exchange = _current()
+    if exchange is not None:
+        exchange.attempt()
 
 
 @harmless
@@ -237,39 +227,50 @@ def _async_request(patch: Patch) -> Method:
     return request
 
 
-def _telling(tell_exchange: Callable[[], object]) -> Callable[[Patch], Method]:
-    """Of a method that is called while a request is being sent: tell its exchange, then do what the method does."""
-
-    def hook(patch: Patch) -> Method:
-        original = patch.original
-
-        def method(client: Any, *args: Any, **kwargs: Any) -> Any:
-            if patch.on:
-                tell_exchange()
-            return original(client, *args, **kwargs)
-
-        return method
-
-    return hook
-
-
-def _preparing(patch: Patch) -> Method:
+def _processing(patch: Patch) -> Method:
     original = patch.original
 
-    def prepare(client: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    def process(client: Any, *args: Any, **kwargs: Any) -> Any:
         if patch.on:
-            _attempt(request)
-        return original(client, request, *args, **kwargs)
+            _arrived()
+        return original(client, *args, **kwargs)
 
-    return prepare
+    return process
+
+
+def _pausing(patch: Patch) -> Method:
+    original = patch.original
+
+    def pause(client: Any, *args: Any, **kwargs: Any) -> Any:
+        if not patch.on:
+            return original(client, *args, **kwargs)
+        _backoff()
+        result = original(client, *args, **kwargs)
+        _again()
+        return result
+
+    return pause
+
+
+def _async_pausing(patch: Patch) -> Method:
+    original = patch.original
+
+    async def pause(client: Any, *args: Any, **kwargs: Any) -> Any:
+        if not patch.on:
+            return await original(client, *args, **kwargs)
+        _backoff()
+        result = await original(client, *args, **kwargs)
+        _again()
+        return result
+
+    return pause
 
 
 def _hooks(*, asynchronous: bool) -> dict[str, Callable[[Patch], Method]]:
     return {
         "request": _async_request if asynchronous else _request,
-        "_prepare_request": _preparing,
-        "_sleep_for_retry": _telling(_backoff),
-        "_process_response": _telling(_arrived),
+        "_sleep_for_retry": _async_pausing if asynchronous else _pausing,
+        "_process_response": _processing,
     }
 
 

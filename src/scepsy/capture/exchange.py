@@ -67,6 +67,7 @@ class Exchange:
         else:
             exchange = cls._own(recorder, around, outer, operation, model)
         exchange.streamed = streamed
+        exchange.attempts += 1
         handle = exchange.handle
         attributes = handle.attributes
         attributes[semconv.OPERATION] = operation
@@ -99,7 +100,7 @@ class Exchange:
         self.attempt_ns = now
 
     def attempt(self) -> None:
-        """The client sends the request, for the first time or again."""
+        """The client sends the request again."""
         now = now_ns()
         self.attempts += 1
         if self.backoff_ns is not None:
