@@ -28,7 +28,7 @@ from scepsy_optimizer.plan import LLMPlan, Plan, Prediction, Slot
 from scepsy_optimizer.profile import LLMProfile, Profiles, find_profile, profiles_of
 from scepsy_optimizer.replica import check_range
 from scepsy_optimizer.requirements import NO_REQUIREMENTS, Requirements, check_requirements
-from scepsy_optimizer.search import budget_units, find_allocation, over_parts
+from scepsy_optimizer.search import budget_units, find_allocation, has_room, over_parts
 from scepsy_optimizer.workload import Workload
 
 
@@ -84,7 +84,16 @@ def optimize(
         )
     tolerated = max_utilisation * (1 + UTILISATION_TOLERANCE)
     if tolerated < 1 and _is_near_limit(plans[0]):
-        plans = find(tolerated) or plans
+        is_near_highest = not has_room(
+            workload,
+            profiles,
+            cluster,
+            rate_rps=rate_rps * (1 + UTILISATION_TOLERANCE),
+            max_units=max_units,
+            max_utilisation=max_utilisation,
+            requirements=requirements,
+        )
+        plans = (find(tolerated) if is_near_highest else ()) or plans
     if replay_seed is None:
         return plans[0]
     best = least_replayed(plans, profiles, workload, replay_seed)
@@ -92,7 +101,7 @@ def optimize(
 
 
 def _is_near_limit(plan: Plan) -> bool:
-    """Whether the rate is so high that what the limit excludes may be what is quick."""
+    """Whether some LLM of the plan is so near the limit that what is beyond it may be what is quick."""
     assert plan.prediction is not None  # noqa: S101 - every built plan has one
     return plan.prediction.max_rate_rps < plan.rate_rps * (1 + UTILISATION_TOLERANCE)
 

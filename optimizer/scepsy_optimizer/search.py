@@ -189,6 +189,33 @@ def highest_rate(
     return low, (in_the_way or list(visits))[0]
 
 
+def has_room(
+    workload: Workload,
+    profiles: Profiles,
+    cluster: Cluster,
+    *,
+    rate_rps: float,
+    max_units: int | None = None,
+    max_utilisation: float = MAX_UTILISATION,
+    requirements: Requirements = NO_REQUIREMENTS,
+) -> bool:
+    """Whether there are devices enough for a rate. On one type of devices they are only counted, which is quick."""
+    if len(cluster.device_types) > 1:
+        highest_rps, _ = highest_rate(
+            workload,
+            profiles,
+            cluster,
+            max_units=max_units,
+            max_utilisation=max_utilisation,
+            requirements=requirements,
+        )
+        return rate_rps <= highest_rps
+    offers = _offers(workload, profiles, cluster, requirements)
+    needs = _unit_needs(workload, offers, cluster, max_utilisation, requirements)
+    fewest = sum(needs[demand.llm](rate_rps * demand.visits) for demand in workload.demands)
+    return fewest <= budget_units(cluster, max_units)
+
+
 def over_parts(cluster: Cluster, nodes: int, ask: Callable[[Cluster], T]) -> list[T]:
     """What `ask` answers about each part of so many nodes; raises its ScepsyError where it has no answer about any."""
     answers, refused = [], None
