@@ -252,6 +252,17 @@ def test_one_model_at_several_endpoints_is_several_llms(otlp, read):
     assert sorted(span.call.llm for span in execution.calls) == ["once", "same@host:1", "same@host:2"]
 
 
+def test_where_a_model_was_looked_for_in_vain_is_no_endpoint_of_it(otlp, read):
+    at = {"server__address": "host", "server__port": 1}
+    other = {"server__address": "host", "server__port": 2}
+    (execution,) = read(
+        otlp.workflow("a", "", "w", 0, 10),
+        otlp.chat("b", "a", 1, 2, model="only", status=2, **other),
+        otlp.chat("c", "a", 2, 3, model="only", **at),
+    ).executions
+    assert {span.call.llm for span in execution.calls} == {"only"}
+
+
 def test_deep_recursion_is_no_problem(otlp, read):
     depth = 5000
     (execution,) = read(

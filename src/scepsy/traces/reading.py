@@ -15,7 +15,7 @@ from scepsy.traces.assemble import assemble
 from scepsy.traces.copies import find_copies
 from scepsy.traces.dialects import normalise
 from scepsy.traces.matching import attached, match
-from scepsy.traces.records import ENGINE_START, LLM, NoTracesError, SpanRecord, Tally
+from scepsy.traces.records import ENGINE_START, FAILED, LLM, NoTracesError, SpanRecord, Tally
 from scepsy.traces.sources import find_files, read_spans
 from scepsy.traces.spool import Spool
 from scepsy_optimizer.errors import ScepsyError
@@ -29,7 +29,7 @@ _AT_ONCE = 1024
 
 # There are millions of spans, and most loops over them can be left to these.
 _detached, _kind = attrgetter("detached"), attrgetter("kind")
-_names = attrgetter("model", "endpoint", "scope")
+_names = attrgetter("model", "endpoint", "scope", "status")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,8 +206,9 @@ class LLMNames:
 
     def saw(self, records: Sequence[SpanRecord]) -> None:
         """Learn from spans."""
-        for model, endpoint, scope in set(map(_names, records)):
-            if endpoint:
+        for model, endpoint, scope, status in set(map(_names, records)):
+            # A call that failed says where somebody looked for the model, not where it is.
+            if endpoint and status != FAILED:
                 self._endpoints.setdefault(model, set()).add(endpoint)
             if scope:
                 self._scopes.add(scope)
