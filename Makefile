@@ -104,7 +104,7 @@ $(LOWEST_VENV)/.ready: pyproject.toml tests/lowest.py
 
 test-lowest: $(LOWEST_VENV)/.ready ## Test on the lowest versions of dependencies that pyproject.toml admits
 	$(LOWEST_VENV)/bin/python -m pytest -n $(WORKERS) -m "not vllm and not browser and not ray" \
-	  --ignore tests/cli/test_demo.py -k "not ray_serve and not test_profile and not (one_line_with_the_way_out and examples)" $(LOWEST_TESTS)
+	  --ignore tests/cli/test_demo.py -k "not ray_serve and not test_profile and not unknown_model and not (one_line_with_the_way_out and examples)" $(LOWEST_TESTS)
 
 docs: $(VENV)/.ready ## Write the documentation to build/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
