@@ -20,7 +20,8 @@ from scepsy.capture import recorder
 from scepsy_integrations.langchain import ScepsyCallbackHandler, managers
 
 MODEL = FakeListChatModel(responses=["answer"] * 1000)
-SLOW = FakeListChatModel(responses=["a"] * 1000, sleep=30)
+# Cancelled after a twentieth of this; its thread sleeps on, and the test ends only after it.
+SLOW = FakeListChatModel(responses=["a"] * 1000, sleep=1)
 COMPLETION = FakeListLLM(responses=["answer"] * 1000)
 CHAIN = ChatPromptTemplate.from_template("a {question}") | MODEL | StrOutputParser()
 CALL = ("chat FakeListChatModel", [])

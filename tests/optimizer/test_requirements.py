@@ -104,7 +104,8 @@ def test_the_search_under_requirements_is_the_best_of_what_they_leave(workload, 
     if found is None:
         assert best == float("inf")
         return
-    assert found.lower_bound_s <= best + 1e-9
+    # Speeds are found by bisection: those of a table and of one option by itself agree to a few parts in 10^7.
+    assert found.lower_bound_s <= best * (1 + 1e-6)
     for llm, option in found.options.items():
         required = requirements.of_llm(llm)
         if required.fixed:
