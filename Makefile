@@ -16,7 +16,8 @@ LOWEST_TESTS ?= tests/cli tests/collect tests/deploy tests/optimizer tests/repor
 TESTS ?= tests
 # All but the one that needs a GPU.
 BENCHMARKS ?= $(filter-out one_gpu,$(basename $(notdir $(shell grep -l 'import Bound, finish' benchmarks/*.py))))
-WORKERS ?= 2
+# One more than the cores of a small machine: many tests wait for processes.
+WORKERS ?= 3
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check format test-vllm test-versions test-beside test-ray test-browser test-lowest test-docs \
