@@ -129,11 +129,18 @@ def client() -> aiohttp.ClientSession:
 
 
 async def execute(
-    session: aiohttp.ClientSession, url: str, workflow: str, flow: Flow, name: str, again: str = ""
+    session: aiohttp.ClientSession,
+    url: str,
+    workflow: str,
+    flow: Flow,
+    name: str,
+    again: str = "",
+    on_answer: Callable[[int], None] = lambda _tokens: None,
 ) -> None:
     """One execution, its answers streamed; the same name asks for as much, and only with the same `again` for the same.
 
-    Raises RuntimeError where an answer is not what was asked for.
+    `on_answer` is told the tokens of each answer as soon as it is whole. Raises RuntimeError where an answer is not
+    what was asked for.
     """
     words = random.Random(f"{workflow} {name} {again}")
     headers = {WORKFLOW_HEADER: workflow, _EXECUTION_HEADER: f"{workflow} {name} {again}"}
@@ -146,6 +153,7 @@ async def execute(
             answer = await response.read()
         if response.status != 200 or _completion_tokens(answer) != output_tokens:
             raise RuntimeError(f"{llm} answered {response.status}: {answer[-300:].decode(errors='replace')}")
+        on_answer(output_tokens)
 
     await flow(call, random.Random(f"{workflow} {name}"))
 

@@ -161,7 +161,13 @@ def draw_allocation(rng: random.Random, workload: Workload, profiles: Profiles) 
 
 
 def one_point(
-    workload: Workload, profiles: Profiles, choices: dict[str, Groups], load: float, *, seed: int
+    workload: Workload,
+    profiles: Profiles,
+    choices: dict[str, Groups],
+    load: float,
+    *,
+    seed: int,
+    replays: int = REPLAYS,
 ) -> tuple[float, ...]:
     """Predicted mean and 95th percentile, the paper's mean, and the mean and 95th percentile of each replay."""
 
@@ -192,7 +198,7 @@ def one_point(
     count = rounds * traced
     plan = hand_made_plan(choices, profiles, CLUSTER)
     found = [mean_s, float(np.percentile(makespans_s, 95)), paper_latency_s(workload, speeds)]
-    for number in range(REPLAYS):
+    for number in range(replays):
         rng = np.random.default_rng((seed, number))
         arrivals_s = poisson_arrivals_s(rng, rate_rps=rate_rps, executions=count)
         # Exactly the rate on average: a run that happens to be busier would count as the prediction's error.
