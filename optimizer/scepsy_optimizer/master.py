@@ -56,13 +56,12 @@ class Priced:
     """The problem at some duals: a lower bound over all options, and what each option costs.
 
     `costs_s` are what the tangents, blended by the duals, make of each option; `totals_s` add what it takes of the
-    budgets, at their `prices_s`. An option whose total is above its LLM's least by more than the distance of a known
+    budgets, at their duals. An option whose total is above its LLM's least by more than the distance of a known
     solution to the bound is in no better one.
     """
 
     bound_s: float
     costs_s: Sequence[Floats]
-    prices_s: Floats
     totals_s: Sequence[Floats]
 
 
@@ -247,7 +246,6 @@ class Master:
         return Priced(
             bound_s=bound + float(sum(total.min() for total in totals)),
             costs_s=costs,
-            prices_s=unit_prices,
             totals_s=totals,
         )
 

@@ -108,7 +108,13 @@ def optimize_devices(
         workload, profiles, cluster, latency_s, percentile, max_utilisation, requirements, provenance, replay_seed
     )
     whole = optimize(
-        workload, profiles, cluster, rate_rps=rate_rps, max_utilisation=max_utilisation, requirements=requirements
+        workload,
+        profiles,
+        cluster,
+        rate_rps=rate_rps,
+        max_utilisation=max_utilisation,
+        requirements=requirements,
+        provenance=provenance,
     )
     if (least_s := asked.value_s(whole)) > latency_s:
         raise ScepsyError(
@@ -121,7 +127,7 @@ def optimize_devices(
         tell(high - low)
         middle = (low + high) // 2
         low, high = (low, middle) if asked.within(rate_rps, middle) else (middle, high)
-    return asked.answer(rate_rps, high)
+    return asked.answer(rate_rps, high, otherwise=whole)
 
 
 def _bisection_progress(
@@ -199,19 +205,31 @@ class _Asked:
             )
         return float({50: replay.p50_s, 95: replay.p95_s, 99: replay.p99_s}[self.percentile])
 
-    def within(self, rate_rps: float, max_units: int | None = None) -> bool:
+    @property
+    def tried(self) -> int:
         # By its mean the first is the best; by a percentile another one may be.
-        most = 1 if self.percentile is None else _TRIED
-        return any(self.value_s(plan) <= self.limit_s for plan in self.plans(rate_rps, max_units, most=most))
+        return 1 if self.percentile is None else _TRIED
 
-    def answer(self, rate_rps: float, max_units: int | None = None) -> Plan:
-        """The best of the plans within the limit: by percentile, else by replayed mean, else by mean."""
+    def within(self, rate_rps: float, max_units: int | None = None) -> bool:
+        return any(self.value_s(plan) <= self.limit_s for plan in self.plans(rate_rps, max_units, most=self.tried))
+
+    def answer(self, rate_rps: float, max_units: int | None = None, *, otherwise: Plan | None = None) -> Plan:
+        """The best of the plans within the limit: by percentile, else by replayed mean, else by mean.
+
+        `otherwise` is one within it that the search at the strict limit on utilisation may not meet.
+        """
         is_replayed = self.percentile is not None or self.replay_seed is not None
-        plans = self.plans(rate_rps, max_units, most=MAX_REPLAYED if is_replayed else 1)
+        kept: list[Plan] = []
+        # The more candidates are asked for the more are met, but maybe not each of the few that were tried.
+        for most in (MAX_REPLAYED if is_replayed else 1, self.tried):
+            plans = () if kept else self.plans(rate_rps, max_units, most=most)
+            if self.percentile is not None:
+                plans = tuple(self.replayed(plan) for plan in plans)
+            kept += [plan for plan in plans if self.value_s(plan) <= self.limit_s]
+        if not kept and otherwise is not None:
+            kept = [otherwise if self.percentile is None else self.replayed(otherwise)]
         if self.percentile is not None:
-            plans = tuple(self.replayed(plan) for plan in plans)
-            return min((plan for plan in plans if self.value_s(plan) <= self.limit_s), key=self.value_s)
-        kept = [plan for plan in plans if self.value_s(plan) <= self.limit_s]
+            return min(kept, key=self.value_s)
         if not is_replayed:
             return kept[0]
         return self.replayed(least_replayed(kept, self.profiles, self.workload, self.replay_seed or 0))

@@ -60,10 +60,6 @@ class Replay:
     calls: tuple[ReplayedCall, ...]
     uses: tuple[LLMUse, ...]
 
-    def percentile_s(self, percent: float) -> float:
-        """That percentile of the executions' latencies."""
-        return float(np.percentile(self.latencies_s, percent))
-
 
 def poisson_arrivals_s(rng: np.random.Generator, *, rate_rps: float, executions: int) -> NDArray[np.float64]:
     """Moments of that many Poisson arrivals."""

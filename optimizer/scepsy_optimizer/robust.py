@@ -121,7 +121,10 @@ def loaded_workload(workload: Workload, factors: Mapping[str, float]) -> Workloa
 
 
 def _predicted(plan: Plan, workload: Workload, profiles: Profiles, rate_rps: float) -> Plan:
-    return predict(workload, profiles, plan.cluster, plan_choices(plan), rate_rps=rate_rps, provenance=plan.provenance)
+    """What the plan does under another load; its replicas stay where requirements have put them."""
+    found = predict(workload, profiles, plan.cluster, plan_choices(plan), rate_rps=rate_rps, provenance=plan.provenance)
+    slots = {llm: iter([part.slots for part in plan.parts(llm)]) for llm in {part.llm for part in plan.llms}}
+    return replace(found, llms=tuple(replace(part, slots=next(slots[part.llm])) for part in found.llms))
 
 
 def _under_load(plan: Plan) -> UnderLoad:

@@ -83,7 +83,7 @@ def add_device(cluster: Cluster, device_type: str) -> Cluster:
     if node.devices >= _LARGEST_NODE:
         names = {one.name for one in cluster.nodes}
         name = next(name for number in range(len(names) + 1) if (name := f"added{number}") not in names)
-        added = replace(node, name=name, devices=1, nvlink_domains=((0,),), uuids=())
+        added = replace(node, name=name, devices=1, nvlink_domains=((0,),), pcie_domains=(), uuids=())
         return Cluster(nodes=(*cluster.nodes, added))
     domains = [list(domain) for domain in node.nvlink_domains]
     largest = max(domains, key=len)
@@ -107,9 +107,15 @@ def remove_device(cluster: Cluster, device_type: str) -> Cluster | None:
 
 
 def _with_domains(cluster: Cluster, node: Node, devices: int, domains: list[list[int]]) -> Cluster:
+    # A new device hangs on the socket of the last one.
+    sockets = [[device for device in domain if device < devices] for domain in node.pcie_domains]
+    for socket in sockets:
+        if node.devices - 1 in socket:
+            socket.extend(range(node.devices, devices))
     changed = replace(
         node,
         devices=devices,
+        pcie_domains=tuple(tuple(socket) for socket in sockets if socket),
         nvlink_domains=tuple(tuple(domain) for domain in domains),
         uuids=node.uuids[:devices] if len(node.uuids) >= devices else (),
     )

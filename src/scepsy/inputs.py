@@ -12,6 +12,7 @@ from scepsy.discovery import SOURCES, Source, discover_cluster
 from scepsy.files import load_cluster, load_profile
 from scepsy_optimizer.cluster import Cluster, parse_cluster
 from scepsy_optimizer.errors import ScepsyError
+from scepsy_optimizer.plan import Plan
 from scepsy_optimizer.profile import LLMProfile, Profiles, profiles_of
 
 Traces = str | Path | Sequence[str | Path]
@@ -49,6 +50,32 @@ def resolve_profiles(
     found, known = _find_profiles(llms, device_type, profiles, models)
     _require_profiles(llms, found, device_type, known)
     return found
+
+
+def resolve_plan_profiles(
+    plan: Plan,
+    llms: Sequence[str] | None = None,
+    *,
+    profiles: ProfileSources | None = None,
+    models: Mapping[str, str] | None = None,
+) -> Profiles:
+    """Profiles of a plan's LLMs, or of `llms` on its cluster, of the models that the plan names.
+
+    Given ones come first, then estimates of `models`; then, where the plan was made with an estimate, one of the plan's
+    own model rather than a shipped profile that only has the same name. Raises ScepsyError where an LLM has none.
+    """
+    from scepsy.profiling import shipped_profiles
+
+    wanted = list(dict.fromkeys(part.llm for part in plan.llms)) if llms is None else llms
+    given = {} if models is None else dict(models)
+    planned = {part.llm: part.model for part in plan.llms}
+    shipped = {llm: one.model for kind in plan.cluster.device_types for llm, one in shipped_profiles(kind).items()}
+    estimated = {
+        llm: model
+        for llm, model in planned.items()
+        if shipped.get(llm) != model and plan.provenance.get(f"profile of {llm}", "").startswith("estimate")
+    }
+    return resolve_cluster_profiles(wanted, plan.cluster, profiles=profiles, models=estimated | given)
 
 
 def resolve_cluster_profiles(

@@ -291,6 +291,39 @@ def test_a_full_disk_costs_spans_but_not_the_program(tmp_path, caplog, recorded)
     file.shutdown()
 
 
+def test_of_a_line_that_a_full_disk_tears_nothing_stays(tmp_path):
+    done = run(
+        """
+        import resource, signal
+        import scepsy
+        from scepsy.capture.trace_file import flush_all
+        scepsy.instrument()
+        @scepsy.workflow
+        def work(): ...
+        def some(count):
+            for _ in range(count): work()
+            flush_all()
+        some(3)
+        from scepsy.capture.trace_file import _files
+        (path,) = [file.path for file in _files]
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 100, limits[1]))
+        some(4)
+        some(6)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        some(5)
+        """,
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("capture failed") == 1
+    (path,) = tmp_path.rglob("*.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    counts = [len(line["resourceSpans"][0]["scopeSpans"][0]["spans"]) for line in lines]
+    assert sum(counts) == 8
+
+
 def test_every_span_is_written_once_when_many_threads_end_them(tmp_path):
     done = run(
         """

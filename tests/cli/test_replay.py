@@ -37,6 +37,15 @@ def test_for_programs_and_repeatable(scepsy, traces, plan):
     assert all(0 < use["busy"] <= 1 for use in replayed["uses"])
 
 
+def test_the_model_is_the_plans_own(scepsy, traces, tmp_path):
+    """An LLM that is called as a shipped profile is, but is another model."""
+    words = ("--cluster", "4xH100", "--rate", "1", "--model", "writer=Qwen/Qwen3-8B", "--json")
+    made = json.loads(scepsy("optimize", traces, *words, "-o", tmp_path / "plan.yaml")[1])
+    code, out, err = scepsy("replay", tmp_path / "plan.yaml", traces, "--json", "--executions", "50", "--runs", "1")
+    assert code == 0, err
+    assert json.loads(out)["predicted_s"] == pytest.approx(made["plan"]["prediction"]["latency_s"], rel=0.02)
+
+
 def _moved(found, seconds):
     return f'TimeUnixNano": "{int(found[1]) + seconds * 10**9}"'
 

@@ -50,12 +50,18 @@ def test_a_plan_follows_its_use(home, make_plan, make_part, profiles, tmp_path, 
             time.sleep(0.5)
         assert seen.workload.executions == 16
         assert seen.workload.demand("ver").visits == 5
+        (tmp_path / "required.yaml").write_text("format: scepsy-requirements/1\nllms: {ver: {max_devices: 1}}\n")
+        required = ["--requirements", "required.yaml", "-o", "limited.yaml", "--dead-band", "0"]
+        assert main([*words, *required]) == 1
+        assert sum(part.device_count for part in load_plan(tmp_path / "limited.yaml").parts("ver")) <= 1
+        capsys.readouterr()
         code = main([*words, "--apply", "-o", "better.yaml", "--dead-band", "0"])
         told = capsys.readouterr().out
         assert code == 1, told
         assert "planned for 1" in told
         assert "deployment 'default' runs better.yaml" in told
         assert load_plan(home / "deployments/default/plan.yaml") == load_plan(tmp_path / "better.yaml")
+        assert sum(part.device_count for part in load_plan(tmp_path / "better.yaml").parts("ver")) > 1
         assert all(one.phase == "ready" for one in deployment.status().replicas)
         # And now that it fits, nothing more is proposed.
         code = main([*words, "--dead-band", "0"])
@@ -63,6 +69,8 @@ def test_a_plan_follows_its_use(home, make_plan, make_part, profiles, tmp_path, 
 
 
 def test_what_cannot_be_followed_says_so(home, make_plan, make_part, profiles, capsys, monkeypatch, tmp_path):
+    assert main(["watch", "--every", "-1"]) == 2
+    assert "--every -1: give a number of seconds above 0" in capsys.readouterr().err
     with deploy(make_plan(make_part("gen", 0), cluster="1xH100"), engine="emulator", profiles=profiles) as deployment:
         assert main(["watch", "--once"]) == 2
         assert "records no calls: deploy it with --record FOLDER" in capsys.readouterr().err
@@ -87,5 +95,10 @@ def test_only_what_ended_within_the_window_counts(tmp_path):
     (tmp_path / "report.html").write_text("<html>not a trace, and no matter</html>")
     assert recent(tmp_path, window_s=60, now_s=time.time()) is None
     (tmp_path / "torn.jsonl").write_text("{broken\n")
+    with pytest.raises(ScepsyError, match=r"torn\.jsonl"):
+        recent(tmp_path, window_s=60, now_s=time.time())
+    # What is wrong is not taken from the words of the message, in which the folder's name is as well.
+    (tmp_path / "no whole execution").mkdir()
+    (tmp_path / "torn.jsonl").rename(tmp_path / "no whole execution" / "torn.jsonl")
     with pytest.raises(ScepsyError, match=r"torn\.jsonl"):
         recent(tmp_path, window_s=60, now_s=time.time())

@@ -79,6 +79,24 @@ def test_next_to_the_highest_rate_there_is_still_a_choice(workload, make_profile
         optimize(workload, profiles, cluster, rate_rps=highest * 1.001)
 
 
+@pytest.mark.parametrize("options", [{}, {"replay_seed": 0}, {"percentile": 95}])
+def test_a_limit_that_only_what_is_tolerated_keeps(workload, make_profile, options):
+    """Next to the highest rate the quickest plan is beyond the strict limit on utilisation; it is an answer, too."""
+    profiles = {"a": make_profile("a"), "b": make_profile("b", scale=0.2, weights_gib=4.0)}
+    cluster = parse_cluster("3xH100")
+    rate = highest_rate(workload, profiles, cluster)[0] * 0.9999
+    tolerated = optimize(workload, profiles, cluster, rate_rps=rate, replay_seed=0).prediction
+    (strict,) = find_plans(workload, profiles, cluster, rate_rps=rate, most=1)
+    limit_s = (
+        optimize(workload, profiles, cluster, rate_rps=rate).prediction.latency_s + strict.prediction.latency_s
+    ) / 2
+    if options.get("percentile"):
+        limit_s = tolerated.replayed.p95_s * 1.001
+    plan = optimize_devices(workload, profiles, cluster, rate_rps=rate, latency_s=limit_s, **options)
+    found = plan.prediction
+    assert (found.replayed.p95_s if options.get("percentile") else found.latency_s) <= limit_s
+
+
 def test_the_parts_of_the_latency_add_up_to_it(workload, profiles):
     found = optimize(workload, profiles, CLUSTER, rate_rps=0.5).prediction
     assert found is not None

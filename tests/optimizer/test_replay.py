@@ -86,7 +86,6 @@ def test_moderate_load_is_near_the_pipeline(runs, profiles):
     many = [workload.timelines[index] for index in rng.integers(0, len(runs), 1500)]
     replayed = replay(plan, profiles, many, poisson_arrivals_s(rng, rate_rps=3.0, executions=1500))
     assert replayed.latencies_s.mean() == pytest.approx(plan.prediction.latency_s, rel=0.08)
-    assert replayed.percentile_s(50) < replayed.percentile_s(95)
 
 
 def one_at_a_time(service_s):

@@ -1,11 +1,15 @@
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scepsy_optimizer.allocation import Choice
 from scepsy_optimizer.cluster import parse_cluster
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.planner import optimize
+from scepsy_optimizer.requirements import LLMRequirements, Requirements, check_requirements
 from scepsy_optimizer.robust import load_factors, loaded_workload, plan_robustly
 from scepsy_optimizer.search import highest_rate
 from scepsy_optimizer.workload import aggregate
@@ -109,3 +113,29 @@ def test_near_saturation_only_the_robust_plan_survives_the_quantile(workload, pr
 def test_quantiles_are_between_a_half_and_one(workload, quantile):
     with pytest.raises(ScepsyError, match="at least 0.5 and below 1"):
         load_factors(workload, quantile=quantile, rng=np.random.default_rng(0))
+
+
+def test_a_robust_plan_keeps_its_requirements(workload, profiles):
+    cluster = parse_cluster("3x4xH100")
+    requirements = Requirements(llms={"a": LLMRequirements(max_nodes=1, min_replicas=3)})
+    plan, _ = plan_robustly(
+        lambda asked: optimize(asked, profiles, cluster, rate_rps=0.5, requirements=requirements),
+        workload,
+        profiles,
+        quantile=0.9,
+        rng=np.random.default_rng(1),
+    )
+    assert check_requirements(plan, requirements) == []
+
+    def fixed(replicas):
+        return LLMRequirements(fixed=(Choice(tensor_parallel_size=1, fraction=Fraction(1), replicas=replicas),))
+
+    spread = Requirements(llms={"a": fixed(3), "b": fixed(1)}, spread=True)
+    plan, _ = plan_robustly(
+        lambda asked: optimize(asked, profiles, cluster, rate_rps=0.5, requirements=spread),
+        workload,
+        profiles,
+        quantile=0.9,
+        rng=np.random.default_rng(1),
+    )
+    assert len({slot.node for part in plan.parts("a") for slot in part.slots}) == 3

@@ -60,6 +60,13 @@ def test_requirements_hold_there_too(workload, profiles):
             assert check_requirements(one.plan, requirements) == []
 
 
+def halves(devices):
+    """Two sockets, as NVML tells them."""
+    first = range(-(-devices // 2))
+    second = range(len(first), devices)
+    return tuple(tuple(part) for part in (first, second) if part)
+
+
 @given(st.lists(st.tuples(st.sampled_from(["8xH100", "2x3xH100", "1xH100", "4xL40S"])), min_size=1, max_size=3))
 def test_clusters_change_by_one_device(shapes):
     nodes = tuple(
@@ -70,6 +77,7 @@ def test_clusters_change_by_one_device(shapes):
             memory_gib=node.memory_gib,
             nvlink_domains=node.nvlink_domains,
             uuids=tuple(f"GPU-{index}-{node.name}-{device}" for device in range(node.devices)),
+            pcie_domains=halves(node.devices) if index else (),
         )
         for index, (shape,) in enumerate(shapes)
         for node in parse_cluster(shape).nodes

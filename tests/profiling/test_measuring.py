@@ -14,7 +14,7 @@ import pytest
 from scepsy.files import save_profile
 from scepsy.profiling import EngineFlags, Lengths, correct, measure, shipped_profiles
 from scepsy.profiling.calibrating import Correction, corrected
-from scepsy.profiling.endpoint import sum_samples
+from scepsy.profiling.endpoint import Endpoint, sum_samples
 from scepsy.profiling.fitting import fit_steps
 from scepsy.profiling.journal import Journal
 from scepsy.profiling.probing import DecodePoint, PrefillPoint, probe_grid
@@ -147,6 +147,27 @@ def test_loads_correct_a_profile_that_is_wrong(truth, endpoint, tmp_path):
     assert abs(right - true) < abs(wrong - true) / 2
     assert "calibrated by 10 measured points" in found.provenance.note
     assert len(journal.read_text().splitlines()) == 1 + 10
+
+
+def test_a_server_that_does_not_tell_its_longest_context(truth, endpoint, tmp_path, monkeypatch):
+    """As what stands in front of several engines may not: prompts keep their lengths, or it is said."""
+    lengths = (Lengths(input_tokens=60, output_tokens=8),)
+    told, untold = tmp_path / "told.jsonl", tmp_path / "untold.jsonl"
+    correct(truth, endpoint, lengths=lengths, requests_per_load=2, journal=told)
+    facts = Endpoint.facts
+
+    async def without(self):
+        return replace(await facts(self), max_model_len=0)
+
+    monkeypatch.setattr(Endpoint, "facts", without)
+    correct(truth, endpoint, lengths=lengths, requests_per_load=2, journal=untold)
+    prompts = [
+        [json.loads(line)["point"]["input_tokens"] for line in path.read_text().splitlines()[1:]]
+        for path in (told, untold)
+    ]
+    assert prompts[0] == prompts[1]
+    with pytest.raises(ScepsyError, match="does not say how long a context may be"):
+        measure(endpoint, "generator", device_type="H100")
 
 
 def test_a_journal_of_something_else_is_refused(tmp_path):

@@ -28,7 +28,7 @@ class Disturbed:
         return Timing(sent_s=0.0, tokens_s=((PREFILL_S, 1), (end_s, output_tokens)))
 
     async def counters(self) -> Counters:
-        return Counters(prompt_tokens=0, generation_tokens=0, requests=0, prefill_time_s=0, steps=0)
+        return Counters(prompt_tokens=0, requests=0, prefill_time_s=0, steps=0)
 
 
 async def steps_of(endpoint: Disturbed, decode: tuple[tuple[int, int], ...]) -> dict[int, float]:

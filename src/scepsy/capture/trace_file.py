@@ -115,7 +115,7 @@ class TraceFile(SpanProcessor):
                     self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
                 _write_whole(self._descriptor, line)
             except (OSError, ValueError, TypeError) as error:
-                tell(f"writing {len(spans)} spans to {self.path}", error)
+                tell(f"writing spans to {self.path}", error)
                 return False
             return True
 
@@ -171,6 +171,12 @@ if hasattr(os, "register_at_fork"):
 
 
 def _write_whole(descriptor: int, line: bytes) -> None:
+    start = os.fstat(descriptor).st_size
     rest = memoryview(line)
-    while rest:
-        rest = rest[os.write(descriptor, rest) :]
+    try:
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+    except OSError:
+        # Of a line that does not fit nothing stays, so that the next one begins a line.
+        os.ftruncate(descriptor, start)
+        raise

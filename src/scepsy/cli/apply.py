@@ -36,7 +36,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from scepsy.deployment import find
     from scepsy.deployment.state import read_order
     from scepsy.files import load_plan
-    from scepsy.inputs import resolve_cluster_profiles
+    from scepsy.inputs import resolve_plan_profiles
     from scepsy.report.progress import waiting
 
     plan = load_plan(args.plan)
@@ -51,9 +51,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     profiles = None
     order = read_order(deployment.directory)
     if order.engine == "emulator" or order.kv_cache_bytes:
-        llms = list(dict.fromkeys(part.llm for part in plan.llms))
-        models = parse_models(args.model)
-        profiles = resolve_cluster_profiles(llms, plan.cluster, profiles=args.profiles, models=models)
+        profiles = resolve_plan_profiles(plan, profiles=args.profiles, models=parse_models(args.model))
     waiting("changing", console)(deployment.apply)(
         plan,
         profiles=profiles,

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
     from scepsy.cli.comparison import Comparison, latency_table, use_table
     from scepsy.files import load_plan
-    from scepsy.inputs import resolve_cluster_profiles
+    from scepsy.inputs import resolve_plan_profiles
     from scepsy.planning import aggregate
     from scepsy.report.progress import LateProgress
     from scepsy_optimizer.percentiles import predict_latencies
@@ -65,12 +65,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         workload = aggregate(args.traces, on_progress=progress)
     for demand in workload.demands:
         plan.parts(demand.llm)
-    profiles = resolve_cluster_profiles(
-        [demand.llm for demand in workload.demands],
-        plan.cluster,
-        profiles=args.profiles,
-        models=parse_models(args.model),
-    )
+    llms = [demand.llm for demand in workload.demands]
+    profiles = resolve_plan_profiles(plan, llms, profiles=args.profiles, models=parse_models(args.model))
     predicted = predict_latencies(plan, workload, profiles, rate_rps=rate_rps)
     runs = 5 if args.runs is None else args.runs
     with LateProgress("replaying", errors) as progress:

@@ -22,6 +22,7 @@ HELP = "follow a deployment's traces, and propose a better plan when its use has
 EXAMPLE = """\
   scepsy watch                          # after: scepsy deploy plan.yaml --record traces
   scepsy watch --apply --every 60
+  scepsy watch --requirements requirements.yaml
   scepsy watch --once || scepsy apply proposed.yaml"""
 
 # The optimizer's BAND and DEAD_BAND, which only a run loads.
@@ -36,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--traces", metavar="DIR", help="where traces are written (default: where the deployment records its calls)"
     )
     add_profiles(parser)
+    parser.add_argument(
+        "--requirements",
+        metavar="FILE",
+        help="those of every proposed plan: a plan does not remember what it was made with",
+    )
     parser.add_argument("--apply", action="store_true", help="apply what is proposed, without asking")
     parser.add_argument("-o", "--output", default="proposed.yaml", metavar="FILE", help="of the proposed plan")
     parser.add_argument("--window", type=float, default=600.0, metavar="S", help="look at the last S s (default: 600)")
@@ -61,6 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Look, compare, propose; again and again until interrupted, unless told otherwise."""
+    for name, value in (("--every", args.every), ("--window", args.window)):
+        if not 0 < value < float("inf"):
+            raise ScepsyError(f"{name} {value:g}: give a number of seconds above 0")
     try:
         return _watch(args, console)
     except KeyboardInterrupt:
@@ -105,13 +114,15 @@ def _watch(args: argparse.Namespace, console: Console) -> int:
 def _look(args: argparse.Namespace, console: Console, deployment: Deployment, seen: Seen) -> bool:
     """Whether a plan was proposed, and with --apply made."""
     from scepsy.cli.plan import print_difference
-    from scepsy.files import load_plan, save_plan
-    from scepsy.inputs import resolve_cluster_profiles
+    from scepsy.files import load_plan, load_requirements, save_plan
+    from scepsy.inputs import resolve_plan_profiles
     from scepsy_optimizer.adapt import find_drift, propose
+    from scepsy_optimizer.requirements import NO_REQUIREMENTS
 
+    requirements = load_requirements(args.requirements) if args.requirements else NO_REQUIREMENTS
     plan = load_plan(deployment.directory / "plan.yaml")
     llms = sorted({part.llm for part in plan.llms} | {demand.llm for demand in seen.workload.demands})
-    profiles = resolve_cluster_profiles(llms, plan.cluster, profiles=args.profiles, models=parse_models(args.model))
+    profiles = resolve_plan_profiles(plan, llms, profiles=args.profiles, models=parse_models(args.model))
     drift = find_drift(plan, seen.workload, profiles, rate_rps=seen.rate_rps, band=args.band)
     count = f"{seen.workload.executions} executions, {seen.rate_rps:.3g}/s"
     if not drift.reasons:
@@ -119,7 +130,15 @@ def _look(args: argparse.Namespace, console: Console, deployment: Deployment, se
         return False
     _say(console, f"{seen.workload.executions} executions: {'; '.join(drift.reasons)}")
     try:
-        found = propose(plan, seen.workload, profiles, drift, dead_band=args.dead_band, replay_seed=0)
+        found = propose(
+            plan,
+            seen.workload,
+            profiles,
+            drift,
+            dead_band=args.dead_band,
+            requirements=requirements,
+            replay_seed=0,
+        )
     except ScepsyError as error:
         _say(console, f"no better plan: {error}")
         return False

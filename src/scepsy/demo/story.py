@@ -55,11 +55,10 @@ class Run:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Story:
-    """Both rounds, and where the plan was written."""
+    """Both rounds."""
 
     before: Run
     after: Run
-    plan_file: Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,13 +101,12 @@ def tell(
     )
     sources = provenance(profiles, stage.directory / "even")
     plan = optimize(before, profiles, cluster, rate_rps=stage.rate_rps, provenance=sources, replay_seed=0)
-    plan_file = stage.directory / "plan.yaml"
-    save_plan(plan, plan_file)
+    save_plan(plan, stage.directory / "plan.yaml")
     on_plan(plan)
     on_event("Round two: the same load on the plan")
     after, failed = _play(stage, plan, profiles, "planned", on_event, on_round("plan"))
     second = Run(plan=plan, workload=after, traces=stage.directory / "planned", failed=failed)
-    return Story(before=first, after=second, plan_file=plan_file)
+    return Story(before=first, after=second)
 
 
 def _play(

@@ -57,7 +57,6 @@ class Counters:
     """
 
     prompt_tokens: float
-    generation_tokens: float
     requests: float
     prefill_time_s: float
     steps: float
@@ -65,7 +64,10 @@ class Counters:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineFacts:
-    """What an engine says about itself. `kv_tokens` and `kv_bytes_per_token` are None where it does not say."""
+    """What an engine says about itself.
+
+    `kv_tokens` and `kv_bytes_per_token` are None, `max_model_len` is 0 where it does not say.
+    """
 
     model: str
     max_model_len: int
@@ -154,7 +156,6 @@ class Endpoint:
 
         return Counters(
             prompt_tokens=total("vllm:prompt_tokens_total"),
-            generation_tokens=total("vllm:generation_tokens_total"),
             requests=total("vllm:request_success_total"),
             prefill_time_s=total("vllm:request_prefill_time_seconds_sum"),
             steps=total("vllm:iteration_tokens_total_count"),

@@ -105,7 +105,8 @@ def correct(
             facts = await opened.facts()
             about = {"llm": profile.llm, "model": facts.model, "engine": facts.version, "corrects": profile.device_type}
             kept = Journal(journal, {**about, "tensor_parallel_size": tensor_parallel_size})
-            plan = load_plan(lengths, min(profile.max_model_len, facts.max_model_len), requests_per_load)
+            longest = min(profile.max_model_len, facts.max_model_len or profile.max_model_len)
+            plan = load_plan(lengths, longest, requests_per_load)
             work = Work(on_progress)
             work.expect(endpoint, plan.guesses_s(endpoint))
             return await _calibrated(opened, profile, tensor_parallel_size, plan, kept, work, endpoint)
@@ -137,6 +138,11 @@ async def measure_engine(
     flags = subject.flags
     async with open_endpoint(url, subject.llm) as endpoint:
         facts = await endpoint.facts()
+        if not facts.max_model_len:
+            raise ScepsyError(
+                f"{url}/v1/models does not say how long a context may be (max_model_len): measure an engine itself, "
+                "not what stands in front of several"
+            )
         about = {"llm": subject.llm, "model": facts.model, "engine": facts.version, **asdict(flags)}
         about["others"] = " ".join(flags.others)
         journal = Journal(journal_file, about)
