@@ -81,6 +81,8 @@ class Node:
     switch: str = ""
 
     def __post_init__(self) -> None:
+        if self.devices < 1:
+            raise ScepsyError(f"node {self.name!r}: has {self.devices} devices; give at least 1, or leave the node out")
         for name, domains in (("nvlink_domains", self.nvlink_domains), ("pcie_domains", self.pcie_domains)):
             members = sorted(device for domain in domains for device in domain)
             if members != list(range(self.devices)) and (domains or name == "nvlink_domains"):
@@ -99,6 +101,8 @@ class Cluster:
 
     def __post_init__(self) -> None:
         names = [node.name for node in self.nodes]
+        if not names:
+            raise ScepsyError("cluster: has no nodes; name at least one, with its devices")
         if len(set(names)) != len(names):
             raise ScepsyError(f"cluster: node names must differ, got {names}")
         memory_gib: dict[str, float] = {}

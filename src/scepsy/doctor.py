@@ -17,6 +17,7 @@ from typing import Final, Literal
 
 from scepsy.deployment import machine, processes, quota
 from scepsy.deployment.home import deployments_folder
+from scepsy.deployment.lifecycle import NEEDED
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.plan import Plan
 
@@ -73,11 +74,13 @@ def examine(
 
 
 def _extras() -> Finding:
-    wanted = ("aiohttp", "httptools", "orjson", "prometheus_client", "psutil", "uvloop")
-    missing = [name for name in wanted if not _importable(name)]
+    missing = [name for name in NEEDED if not _importable(name)]
+    advice = "pip install 'scepsy[deploy]'"
     if missing:
-        advice = "pip install 'scepsy[deploy]'"
         return Finding(name="packages", state="missing", text=", ".join(missing), advice=advice, needed=True)
+    if not _importable("uvloop"):
+        text = "no uvloop: deploying works without it, on a slower event loop"
+        return Finding(name="packages", state="odd", text=text, advice=advice)
     return Finding(name="packages", state="ok", text="all that deploying imports")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from scepsy.deployment.state import read_order
-from scepsy.traces.reading import iter_executions
+from scepsy.traces.reading import NoExecutionError, iter_executions
 from scepsy.traces.records import Tally
 from scepsy.traces.sources import is_named_as_traces
 from scepsy_optimizer.errors import ScepsyError
@@ -59,11 +59,9 @@ def recent(folder: Path, *, window_s: float, now_s: float) -> Seen | None:
             first_s = min(first_s, start_s)
             if begin_s <= start_s + execution.makespan_s <= now_s:
                 executions.append(execution)
-    except ScepsyError as error:
+    except NoExecutionError:
         # What has only begun is no fault: somebody may just have started.
-        if "no whole execution" in str(error):
-            return None
-        raise
+        return None
     if not executions:
         return None
     span_s = max(_SHORTEST_S, min(window_s, now_s - first_s))

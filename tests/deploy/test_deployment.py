@@ -296,6 +296,12 @@ def test_what_cannot_be_deployed_is_refused_before_anything_starts(
     words = ["deploy", str(tmp_path / "plan.yaml"), "--to", "ray", "--record", "x", "--kv-cache-bytes"]
     assert main(words) == 2
     assert "--record, --kv-cache-bytes: only for engines on this machine, not with --to ray" in capsys.readouterr().err
+    here = ["--drain", "5", "--host", "0.0.0.0", "--detach"]  # noqa: S104 - it is refused
+    for target in ("ray", "kubernetes"):
+        assert main(["deploy", str(tmp_path / "plan.yaml"), "--to", target, *here]) == 2
+        assert f"--drain, --host, --detach: only for engines on this machine, not with --to {target}" in (
+            capsys.readouterr().err
+        )
     monkeypatch.setenv("SCEPSY_HOME", "/proc/none")
     with pytest.raises(ScepsyError, match="/proc/none/deployments/default: cannot be written"):
         deploy(gpus, engine="emulator")

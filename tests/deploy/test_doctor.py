@@ -56,6 +56,17 @@ def test_gpus_that_are_there_and_others_than_planned(make_plan, make_part, gpus)
     assert by_name(plan=plan)["GPUs"].state == "missing"
 
 
+def test_packages_that_deploying_needs_and_one_that_it_does_not(monkeypatch):
+    absent = {"uvloop"}
+    monkeypatch.setattr("scepsy.doctor._importable", lambda name: name not in absent)
+    found = by_name()["packages"]
+    assert (found.state, found.needed) == ("odd", False)
+    assert "no uvloop" in found.text
+    absent.add("orjson")
+    found = by_name()["packages"]
+    assert (found.state, found.needed, found.text) == ("missing", True, "orjson")
+
+
 def test_a_port_that_is_taken():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -37,9 +37,9 @@ def reader(models, tmp_path):
     binaries = tmp_path / ".bin"
     binaries.mkdir()
     ports = {"8000": free_port(), "4318": free_port()}
-    # The endpoint's usual port may be somebody else's here.
+    # The endpoint's usual port may be somebody else's here; that of manifests is nobody's.
     (binaries / "scepsy").write_text(
-        f'#!/bin/sh\ncase "$1 $*" in *--port*) ;; deploy*) set -- "$@" --port {ports["8000"]};; esac\n'
+        f'#!/bin/sh\ncase "$1 $*" in *--port*|*kubernetes*) ;; deploy*) set -- "$@" --port {ports["8000"]};; esac\n'
         f'exec {sys.executable} -m scepsy "$@"\n'
     )
     (binaries / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')

@@ -259,6 +259,8 @@ def test_the_command_prints_what_kubectl_takes(make_plan, tmp_path, capsys):
     assert {one["kind"] for one in yaml.safe_load_all(printed)} == {"ConfigMap", "Deployment", "Service"}
     assert main(words) == 2
     assert "--sharing" in capsys.readouterr().err
+    assert main([*words, "--mode", "agent", "--engine", "emulator", "--command", "python", "--port", "8001"]) == 2
+    assert "--engine, --command, --port: not with --to kubernetes" in capsys.readouterr().err
 
 
 def test_a_configuration_that_is_none(tmp_path):

@@ -55,3 +55,7 @@ def test_clusters_of_several_shapes():
         Cluster(nodes=(node, replace(node, name="x", memory_gib=40)))
     with pytest.raises(ScepsyError, match="pcie_domains must name each of its 8 devices once"):
         replace(node, pcie_domains=((0, 1),))
+    with pytest.raises(ScepsyError, match="node 'node0': has 0 devices; give at least 1"):
+        replace(node, devices=0, nvlink_domains=())
+    with pytest.raises(ScepsyError, match="cluster: has no nodes; name at least one"):
+        Cluster(nodes=())

@@ -16,9 +16,9 @@ from scepsy.traces.assemble import (
     UNENDED_ROOT,
     assemble,
 )
+from scepsy.traces.reading import NoExecutionError
 from scepsy.traces.records import LLM, STEP, TRANSPORT, SpanRecord, Tally
 from scepsy.traces.tree import DUPLICATE, ORPHAN
-from scepsy_optimizer.errors import ScepsyError
 
 
 def calls(execution):
@@ -276,7 +276,9 @@ def test_deep_recursion_is_no_problem(otlp, read):
 
 def test_no_whole_execution_says_what_was_found(otlp, tmp_path):
     path = otlp.write(tmp_path / "cut.jsonl", otlp.request(otlp.chat("c", "a", 0, 1)))
-    with pytest.raises(ScepsyError, match="no whole execution.*1 spans; left out: 1 executions without their root"):
+    with pytest.raises(
+        NoExecutionError, match="no whole execution.*1 spans; left out: 1 executions without their root"
+    ):
         read_executions([path])
 
 

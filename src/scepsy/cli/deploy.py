@@ -6,6 +6,7 @@ import argparse
 import json
 import signal
 import threading
+from collections.abc import Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Final
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _LOOK_EVERY_S: Final = 0.2
-_LOCAL_ONLY: Final = ("record", "affinity", "kv_cache_bytes", "otlp")
+_LOCAL_ONLY: Final = ("record", "affinity", "kv_cache_bytes", "otlp", "drain", "host", "detach")
 
 HELP = "start the engines of a plan behind one OpenAI-compatible endpoint"
 
@@ -71,22 +72,24 @@ def run(args: argparse.Namespace, console: Console) -> int:
     """Start, wait until told to end, stop."""
     from scepsy.deployment import deploy
     from scepsy.files import load_plan
-    from scepsy.inputs import resolve_cluster_profiles
+    from scepsy.inputs import resolve_plan_profiles
     from scepsy.report.progress import waiting
 
     plan = load_plan(args.plan)
     if args.endpoint != "gateway" and args.to != "local":
         raise ScepsyError(f"--endpoint {args.endpoint} is for --to local; with --to {args.to} leave it out")
-    given = [f"--{name.replace('_', '-')}" for name in _LOCAL_ONLY if getattr(args, name)]
-    if given and args.to != "local":
+    if args.to != "local" and (given := _given(args, _LOCAL_ONLY)):
         raise ScepsyError(f"{', '.join(given)}: only for engines on this machine, not with --to {args.to}")
     if args.to == "kubernetes":
+        if given := _given(args, kubernetes.FIXED):
+            raise ScepsyError(
+                f"{', '.join(given)}: not with --to kubernetes, where pods run the image's vLLM (--image) behind a "
+                "service on port 8000; leave it out"
+            )
         return kubernetes.run(plan, args, console)
     profiles = None
     if args.engine == "emulator" or args.kv_cache_bytes:
-        llms = list(dict.fromkeys(part.llm for part in plan.llms))
-        models = parse_models(args.model)
-        profiles = resolve_cluster_profiles(llms, plan.cluster, profiles=args.profiles, models=models)
+        profiles = resolve_plan_profiles(plan, profiles=args.profiles, models=parse_models(args.model))
     if args.to == "ray":
         from scepsy.deployment.on_ray import deploy_on_ray
 
@@ -144,6 +147,14 @@ def run(args: argparse.Namespace, console: Console) -> int:
             signal.signal(number, handler)
         deployment.stop()
     return 0
+
+
+def _given(args: argparse.Namespace, names: Sequence[str]) -> list[str]:
+    """Those of the options that are not as they are when left out, as they are written."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_arguments(parser)
+    given = [name for name in names if getattr(args, name) != parser.get_default(name)]
+    return [f"--{name.removeprefix('engine_').replace('_', '-')}" for name in given]
 
 
 def _tell_ready(args: argparse.Namespace, url: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from scepsy.deployment.on_kubernetes.options import MODES, SHARING, KubernetesOptions
 
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from scepsy_optimizer.plan import Plan
+
+FIXED: Final = ("engine", "engine_command", "port")
+"""Options of the other targets that the manifests leave no choice in."""
 
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:

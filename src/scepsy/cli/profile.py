@@ -91,7 +91,7 @@ def _profile(args: argparse.Namespace, llm: str, target: Path, console: Console)
     for option, number in (("--requests", args.requests), ("--max-num-seqs", args.max_num_seqs)):
         if number < 1:
             raise ScepsyError(f"{option} {number}: must be at least 1")
-    sizes = [int(size) for size in _numbers("--tensor-parallel", args.tensor_parallel)]
+    sizes = _sizes("--tensor-parallel", args.tensor_parallel)
     points = [point for report in args.points for point in _points(report, sizes[0])]
     lengths = traced_lengths(read_executions(args.traces).executions, llm) if args.traces else ()
     found = waiting("estimating", console)(_given)(args, llm, sizes)
@@ -198,6 +198,13 @@ def _points(report: str, size: int) -> Sequence[ServingPoint]:
     path, _, suffix = report.rpartition("@")
     named = path and suffix.isdecimal()
     return read_points(path if named else report, tensor_parallel_size=int(suffix) if named else size)
+
+
+def _sizes(option: str, text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ScepsyError(f"{option} {text!r}: write whole numbers above 0 with commas between them, such as 1,2")
+    return [int(part) for part in parts]
 
 
 def _numbers(option: str, text: str) -> list[float]:

@@ -36,7 +36,7 @@ from scepsy_optimizer.profile import Profiles
 _START_TIMEOUT_S: Final = {"vllm": 1800.0, "vllm-cpu": 600.0, "emulator": 60.0}
 _GRACE_S: Final = 15.0
 _UPKEEP: Final = state.Upkeep()
-_NEEDED: Final = ("aiohttp", "httptools", "orjson", "prometheus_client", "psutil")
+NEEDED: Final = ("aiohttp", "httptools", "orjson", "prometheus_client", "psutil")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -375,6 +375,6 @@ def _check_haproxy(affinity: Affinity | None, record: str | Path | None) -> None
 
 
 def _require_extra() -> None:
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ScepsyError(f"deploying needs {', '.join(missing)}: pip install 'scepsy[deploy]'")

@@ -32,6 +32,10 @@ _detached, _kind = attrgetter("detached"), attrgetter("kind")
 _names = attrgetter("model", "endpoint", "scope", "status")
 
 
+class NoExecutionError(ScepsyError):
+    """There are traces, and none of them is a whole execution."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
     """What was read: executions in the order of their start, and an account of the rest.
@@ -114,7 +118,9 @@ def iter_executions(
                 yield execution
     if not whole:
         where = ", ".join(map(str, paths))
-        raise ScepsyError(f"{where}: no whole execution in {tally.files} file(s): {_describe(tally)}; {_advice(tally)}")
+        raise NoExecutionError(
+            f"{where}: no whole execution in {tally.files} file(s): {_describe(tally)}; {_advice(tally)}"
+        )
 
 
 def _reunite(detached: Sequence[SpanRecord], spool: Spool) -> Collection[str]:
