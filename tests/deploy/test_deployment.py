@@ -296,6 +296,10 @@ def test_what_cannot_be_deployed_is_refused_before_anything_starts(
     words = ["deploy", str(tmp_path / "plan.yaml"), "--to", "ray", "--record", "x", "--kv-cache-bytes"]
     assert main(words) == 2
     assert "--record, --kv-cache-bytes: only for engines on this machine, not with --to ray" in capsys.readouterr().err
+    assert main(["deploy", str(tmp_path / "plan.yaml"), "--remove", "--image", "x"]) == 2
+    assert "--image, --remove: only with --to kubernetes" in capsys.readouterr().err
+    assert main(["deploy", str(tmp_path / "plan.yaml"), "--address", "ray://x"]) == 2
+    assert "--address: only with --to ray" in capsys.readouterr().err
     here = ["--drain", "5", "--host", "0.0.0.0", "--detach"]  # noqa: S104 - it is refused
     for target in ("ray", "kubernetes"):
         assert main(["deploy", str(tmp_path / "plan.yaml"), "--to", target, *here]) == 2

@@ -80,6 +80,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
         raise ScepsyError(f"--endpoint {args.endpoint} is for --to local; with --to {args.to} leave it out")
     if args.to != "local" and (given := _given(args, _LOCAL_ONLY)):
         raise ScepsyError(f"{', '.join(given)}: only for engines on this machine, not with --to {args.to}")
+    for target, names in (("kubernetes", kubernetes.ONLY), ("ray", ("address",))):
+        if args.to != target and (given := _given(args, names)):
+            raise ScepsyError(f"{', '.join(given)}: only with --to {target}")
     if args.to == "kubernetes":
         if given := _given(args, kubernetes.FIXED):
             raise ScepsyError(

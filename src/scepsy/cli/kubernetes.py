@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 FIXED: Final = ("engine", "engine_command", "port")
 """Options of the other targets that the manifests leave no choice in."""
 
+ONLY: Final = ("image", "namespace", "mode", "sharing", "secret", "model_cache", "apply", "context", "wait", "remove")
+"""Options that only manifests have a use for."""
+
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:
     """What only this target takes."""
