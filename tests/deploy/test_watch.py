@@ -69,6 +69,8 @@ def test_a_plan_follows_its_use(home, make_plan, make_part, profiles, tmp_path, 
 
 
 def test_what_cannot_be_followed_says_so(home, make_plan, make_part, profiles, capsys, monkeypatch, tmp_path):
+    assert main(["watch", "--requirements", str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml" in capsys.readouterr().err
     assert main(["watch", "--every", "-1"]) == 2
     assert "--every -1: give a number of seconds above 0" in capsys.readouterr().err
     with deploy(make_plan(make_part("gen", 0), cluster="1xH100"), engine="emulator", profiles=profiles) as deployment:

@@ -116,26 +116,19 @@ def test_quantiles_are_between_a_half_and_one(workload, quantile):
 
 
 def test_a_robust_plan_keeps_its_requirements(workload, profiles):
-    cluster = parse_cluster("3x4xH100")
-    requirements = Requirements(llms={"a": LLMRequirements(max_nodes=1, min_replicas=3)})
-    plan, _ = plan_robustly(
-        lambda asked: optimize(asked, profiles, cluster, rate_rps=0.5, requirements=requirements),
-        workload,
-        profiles,
-        quantile=0.9,
-        rng=np.random.default_rng(1),
-    )
-    assert check_requirements(plan, requirements) == []
+    def robust(requirements):
+        return plan_robustly(
+            lambda asked: optimize(asked, profiles, parse_cluster("3x4xH100"), rate_rps=0.5, requirements=requirements),
+            workload,
+            profiles,
+            quantile=0.9,
+            rng=np.random.default_rng(1),
+        )[0]
 
     def fixed(replicas):
         return LLMRequirements(fixed=(Choice(tensor_parallel_size=1, fraction=Fraction(1), replicas=replicas),))
 
-    spread = Requirements(llms={"a": fixed(3), "b": fixed(1)}, spread=True)
-    plan, _ = plan_robustly(
-        lambda asked: optimize(asked, profiles, cluster, rate_rps=0.5, requirements=spread),
-        workload,
-        profiles,
-        quantile=0.9,
-        rng=np.random.default_rng(1),
-    )
-    assert len({slot.node for part in plan.parts("a") for slot in part.slots}) == 3
+    together = Requirements(llms={"a": LLMRequirements(max_nodes=1, min_replicas=3)})
+    assert check_requirements(robust(together), together) == []
+    apart = robust(Requirements(llms={"a": fixed(3), "b": fixed(1)}, spread=True))
+    assert len({slot.node for part in apart.parts("a") for slot in part.slots}) == 3

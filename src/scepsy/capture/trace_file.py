@@ -113,7 +113,7 @@ class TraceFile(SpanProcessor):
                 line = encode_request(spans, self._process, self._resource)
                 if self._descriptor is None:
                     self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-                _write_whole(self._descriptor, line)
+                append_whole(self._descriptor, line)
             except (OSError, ValueError, TypeError) as error:
                 tell(f"writing spans to {self.path}", error)
                 return False
@@ -170,7 +170,8 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-def _write_whole(descriptor: int, line: bytes) -> None:
+def append_whole(descriptor: int, line: bytes) -> None:
+    """Write a line to a file that is open for appending, whole or not at all. Raises OSError."""
     start = os.fstat(descriptor).st_size
     rest = memoryview(line)
     try:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from scepsy.deployment import Deployment
     from scepsy.watching import Seen
+    from scepsy_optimizer.requirements import Requirements
 
 HELP = "follow a deployment's traces, and propose a better plan when its use has changed"
 
@@ -78,8 +79,11 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 def _watch(args: argparse.Namespace, console: Console) -> int:
     from scepsy.deployment import find
+    from scepsy.files import load_requirements
     from scepsy.watching import recent, record_folder
+    from scepsy_optimizer.requirements import NO_REQUIREMENTS
 
+    requirements = load_requirements(args.requirements) if args.requirements else NO_REQUIREMENTS
     deployment = find(args.name)
     folder = Path(args.traces) if args.traces else record_folder(deployment.directory)
     changed_s = 0.0
@@ -95,7 +99,7 @@ def _watch(args: argparse.Namespace, console: Console) -> int:
             proposed = False
         else:
             try:
-                proposed = _look(args, console, deployment, seen)
+                proposed = _look(args, console, deployment, seen, requirements)
             except ScepsyError as error:
                 if args.once or not deployment.alive:
                     raise
@@ -111,15 +115,15 @@ def _watch(args: argparse.Namespace, console: Console) -> int:
         time.sleep(args.every)
 
 
-def _look(args: argparse.Namespace, console: Console, deployment: Deployment, seen: Seen) -> bool:
+def _look(
+    args: argparse.Namespace, console: Console, deployment: Deployment, seen: Seen, requirements: Requirements
+) -> bool:
     """Whether a plan was proposed, and with --apply made."""
     from scepsy.cli.plan import print_difference
-    from scepsy.files import load_plan, load_requirements, save_plan
+    from scepsy.files import load_plan, save_plan
     from scepsy.inputs import resolve_plan_profiles
     from scepsy_optimizer.adapt import find_drift, propose
-    from scepsy_optimizer.requirements import NO_REQUIREMENTS
 
-    requirements = load_requirements(args.requirements) if args.requirements else NO_REQUIREMENTS
     plan = load_plan(deployment.directory / "plan.yaml")
     llms = sorted({part.llm for part in plan.llms} | {demand.llm for demand in seen.workload.demands})
     profiles = resolve_plan_profiles(plan, llms, profiles=args.profiles, models=parse_models(args.model))

@@ -10,6 +10,7 @@ from collections import deque
 from pathlib import Path
 from typing import Final
 
+from scepsy.capture.trace_file import append_whole
 from scepsy_optimizer.errors import ScepsyError
 
 FILE_BYTES: Final = 256 << 20
@@ -82,7 +83,8 @@ class TraceStore:
         errors: list[OSError | None] = []
         for line in lines:
             try:
-                self._append_whole(self._file_for(line), line)
+                append_whole(self._file_for(line), line)
+                self._size += len(line)
                 errors.append(None)
             except OSError as error:
                 errors.append(error)
@@ -98,17 +100,3 @@ class TraceStore:
             self.files += 1
             self._size = 0
         return self._descriptor
-
-    def _append_whole(self, descriptor: int, line: bytes) -> None:
-        start = self._size
-        try:
-            rest = memoryview(line)
-            while rest:
-                written = os.write(descriptor, rest)
-                self._size += written
-                rest = rest[written:]
-        except OSError:
-            # Of a line that does not fit nothing stays, so that the next one begins a line.
-            os.ftruncate(descriptor, start)
-            self._size = start
-            raise
