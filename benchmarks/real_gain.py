@@ -3,7 +3,7 @@
 Two workflows, beam search and retrieval with a reranker, on two models of different size with random weights. Cores are
 devices, fractions of them quotas of the kernel's scheduler; of each core a fifth is left to the endpoint and to the
 clients, which on a GPU machine have cores of their own. Executions are traced, `scepsy profile` measures both
-engines, whole and on the fractions that are in use, and then these allocations are deployed one after another:
+engines, whole and on two fractions, and then these allocations are deployed one after another:
 
 * even: as many devices for each LLM;
 * alone: each LLM scaled alone, as a horizontal autoscaler does, by replicas of half of what a device has for engines;
@@ -23,7 +23,7 @@ Both errors are shown, and judged; on GPUs, whose speed the cores' does not tell
     python -m benchmarks.real_gain                           # on two CPU cores; needs .venv-vllm (make test-vllm)
     python -m benchmarks.real_gain --cluster 4xH100 --model large=Qwen/Qwen3-14B --model small=Qwen/Qwen3-1.7B
 
-The machine must be otherwise idle: what others took of it is printed beside every figure. About 50 minutes.
+The machine must be otherwise idle: what others took of it is printed beside every figure. About 40 minutes.
 """
 
 from __future__ import annotations
