@@ -10,7 +10,7 @@ OLDEST := tests/integrations/oldest.txt
 # What capture's tests import, beside Scepsy itself: the frameworks with their clients, and the tools.
 CAPTURE_TESTS_NEED := '.[langchain,llama-index,openai,otlp]' aiohttp billiard hypothesis langchain-openai langgraph \
   opentelemetry-instrumentation pytest pytest-asyncio pytest-xdist
-# The lowest versions of everything but the frameworks, whose oldest ones test-versions has; the demo and Ray need those.
+# The lowest versions of everything but the frameworks, whose oldest ones test-versions has; tests marked `extras` need more.
 LOWEST_TESTS_NEED := httpx hypothesis ortools pytest pytest-asyncio pytest-xdist scipy simpy
 LOWEST_TESTS ?= tests/cli tests/collect tests/deploy tests/optimizer tests/report tests/traces tests/test_files.py
 TESTS ?= tests
@@ -104,8 +104,8 @@ $(LOWEST_VENV)/.ready: pyproject.toml tests/lowest.py
 	touch $@
 
 test-lowest: $(LOWEST_VENV)/.ready ## Test on the lowest versions of dependencies that pyproject.toml admits
-	$(LOWEST_VENV)/bin/python -m pytest -n $(WORKERS) -m "not vllm and not browser and not ray" \
-	  --ignore tests/cli/test_demo.py -k "not ray_serve and not test_profile and not unknown_model and not (one_line_with_the_way_out and examples)" $(LOWEST_TESTS)
+	$(LOWEST_VENV)/bin/python -m pytest -n $(WORKERS) -m "not vllm and not browser and not ray and not extras" \
+	  $(LOWEST_TESTS)
 
 docs: $(VENV)/.ready ## Write the documentation to build/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict

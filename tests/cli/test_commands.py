@@ -126,6 +126,7 @@ def test_bad_questions_get_one_clear_line(scepsy, traces, tmp_path, words, told)
     assert not (tmp_path / "plan.yaml").exists()
 
 
+@pytest.mark.extras
 def test_an_unknown_model_is_told_with_those_that_are_known(scepsy, traces, tmp_path):
     words = ["--cluster", "4xH100", "--rate", "1", "--model", "generator=nobody/nothing-1b", "-o", tmp_path / "p.yaml"]
     code, _, err = scepsy("optimize", traces, *words)
@@ -214,6 +215,7 @@ def test_help_names_every_command(capsys):
     )
 
 
+@pytest.mark.extras
 def test_profile_estimates_and_its_file_is_planned_with(scepsy, traces, tmp_path):
     target = tmp_path / "poet.yaml"
     words = ["profile", "Qwen/Qwen3-8B", "--estimate", "--device-type", "h100", "--llm", "writer", "-o", target]
@@ -227,6 +229,7 @@ def test_profile_estimates_and_its_file_is_planned_with(scepsy, traces, tmp_path
     assert load_plan(plan).parts("writer")[0].model == "Qwen/Qwen3-8B"
 
 
+@pytest.mark.extras
 def test_profile_is_corrected_by_reports_of_load_generators(scepsy, tmp_path):
     words = ["profile", "Qwen/Qwen3-8B", "--device-type", "H100", "--llm", "writer"]
     assert scepsy(*words, "--estimate", "--tensor-parallel", "1,2", "-o", tmp_path / "estimate.yaml")[0] == 0
@@ -257,7 +260,7 @@ def test_profile_is_corrected_by_reports_of_load_generators(scepsy, tmp_path):
         (["--device-type", "H100", "--estimate", "--tensor-parallel", "inf"], "'inf': write whole numbers above 0"),
         (["--device-type", "H100", "--estimate", "--tensor-parallel", "1,1.5"], "'1,1.5': write whole numbers above 0"),
         (["--device-type", "CPU", "--endpoint", "http://127.0.0.1:9/v1"], "127.0.0.1:9"),
-        (["--device-type", "H100"], "GPU"),
+        pytest.param(["--device-type", "H100"], "GPU", marks=pytest.mark.extras),
     ],
 )
 def test_profiles_that_cannot_be_made(scepsy, tmp_path, monkeypatch, words, told):

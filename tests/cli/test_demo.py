@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import psutil
+import pytest
 
 from scepsy.demo.schedule import make_schedule
 from scepsy.files import load_plan
@@ -23,6 +24,7 @@ def started_with(home):
     return found
 
 
+@pytest.mark.extras
 def test_the_whole_loop(scepsy, tmp_path, monkeypatch):
     monkeypatch.setenv("SCEPSY_HOME", str(tmp_path / "home"))
     figures = tmp_path / "figures.json"

@@ -73,7 +73,11 @@ def test_the_version(capsys):
         (["plan", "shwo", "plan.yaml"], "scepsy plan: argument ACTION: invalid choice: 'shwo'"),
         (["collect", "--port", "99999"], "'99999' is no port: give a number from 1 to 65535, or 0 for a free one; see"),
         (["doctor", "--command", "'open"], 'scepsy doctor: --command "\'open": No closing quotation; write it as in'),
-        (["demo", "--examples", "nowhere"], "scepsy demo: --examples nowhere: there is no beam_search.py in it"),
+        pytest.param(
+            ["demo", "--examples", "nowhere"],
+            "scepsy demo: --examples nowhere: there is no beam_search.py in it",
+            marks=pytest.mark.extras,
+        ),
     ],
 )
 def test_words_that_are_wrong_get_one_line_with_the_way_out(capsys, words, told):

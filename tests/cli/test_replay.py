@@ -37,6 +37,7 @@ def test_for_programs_and_repeatable(scepsy, traces, plan):
     assert all(0 < use["busy"] <= 1 for use in replayed["uses"])
 
 
+@pytest.mark.extras
 def test_the_model_is_the_plans_own(scepsy, traces, tmp_path):
     """An LLM that is called as a shipped profile is, but is another model."""
     words = ("--cluster", "4xH100", "--rate", "1", "--model", "writer=Qwen/Qwen3-8B", "--json")

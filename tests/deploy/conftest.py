@@ -348,5 +348,15 @@ async def stage(request, tmp_path):
 
 @pytest.fixture
 async def session():
-    async with aiohttp.ClientSession(auto_decompress=False) as session:
+    """A client whose answers a test may leave unread: each lives, and holds its connection, until the test ends."""
+    answers = []
+
+    async def keep(_session, _context, params):
+        answers.append(params.response)
+
+    traced = aiohttp.TraceConfig()
+    traced.on_request_end.append(keep)
+    async with aiohttp.ClientSession(auto_decompress=False, trace_configs=[traced]) as session:
         yield session
+        for answer in answers:
+            answer.close()

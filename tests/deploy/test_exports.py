@@ -70,6 +70,7 @@ def fields_of(module, name):
     return {node.target.id for node in found.body if isinstance(node, ast.AnnAssign)}
 
 
+@pytest.mark.extras
 def test_ray_serve_gets_fields_that_its_configuration_has(plan):
     module = "llm/_internal/serve/core/configs/llm_config.py"
     listed = yaml.safe_load(export(plan, "ray-serve"))
