@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextvars import Token
@@ -35,9 +36,19 @@ _CLOCK_OFFSET_NS: Final = time.time_ns() - time.perf_counter_ns()
 _ids: Final = random.Random()  # noqa: S311 - ids are no secrets
 _keys: Final = itertools.count()
 _SAMPLED: Final = TraceFlags(TraceFlags.SAMPLED)
+# Branches in threads of their own ask at the same moment who the step above them is. One lock for all handles: each
+# takes it once, and for a chain of them it is taken from below to above.
+_identifying = threading.RLock()
+
+
+def _after_fork_in_child() -> None:
+    global _identifying
+    _identifying = threading.RLock()
+    _ids.seed()
+
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_ids.seed)
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def _read_current() -> Callable[[], Context]:
@@ -73,8 +84,9 @@ class Handle:
     """
 
     __slots__ = (
-        "_context", "_span", "attributes", "end_ns", "exchange", "failed", "first_ns", "key", "kind", "last_ns", "live",
-        "name", "outer", "parent", "parent_id", "recorder", "role", "span_id", "start_ns", "trace_id",
+        "_context", "_given", "_span", "attributes", "end_ns", "exchange", "failed", "first_ns", "key", "kind",
+        "last_ns", "live", "name", "outer", "parent", "parent_id", "recorder", "role", "span_id", "start_ns",
+        "trace_id",
     )  # fmt: skip
 
     def __init__(
@@ -112,10 +124,17 @@ class Handle:
         self.span_id = 0
         self.parent_id = 0
         self._span: Span | None = None
+        self._given: dict[str, Attribute] = {}
+        """What its span was started with: the rest is set when it ends."""
         self._context: Context | None = None
 
     def identify(self) -> None:
         """Give it its identity, and with a tracer its span, unless it has them."""
+        if not self.span_id:
+            with _identifying:
+                self._identify()
+
+    def _identify(self) -> None:
         if self.span_id:
             return
         recorder = self.recorder
@@ -123,16 +142,16 @@ class Handle:
             parent = self.outer
             if parent is None:
                 parent = recorder.root_context if self.parent is None else self.parent.context
+            self._given = dict(self.attributes)
             self._span = recorder.tracer.start_span(
                 self.name,
                 context=parent,
                 kind=SpanKind.CLIENT if self.kind == semconv.KIND_LLM else SpanKind.INTERNAL,
-                attributes=self.attributes,
+                attributes=self._given,
                 start_time=self.start_ns,
                 record_exception=False,
                 set_status_on_exception=False,
             )
-            self.attributes = {}
             identity = self._span.get_span_context()
             self.trace_id, self.span_id = identity.trace_id, identity.span_id
             return
@@ -150,9 +169,11 @@ class Handle:
     @property
     def span(self) -> Span:
         """Its OpenTelemetry span; without a tracer, one that only identifies it."""
-        self.identify()
         if self._span is None:
-            self._span = _Identified(self.trace_id, self.span_id)
+            with _identifying:
+                self._identify()
+                if self._span is None:
+                    self._span = _Identified(self.trace_id, self.span_id)
         return self._span
 
     @property
@@ -222,8 +243,10 @@ class Handle:
         if recorder.tracer is None:
             recorder.sink(self)
         elif self._span is not None:
-            if self.attributes:
-                self._span.set_attributes(self.attributes)
+            given = self._given
+            later = {name: value for name, value in attributes.items() if given.get(name) != value}
+            if later:
+                self._span.set_attributes(later)
             if self.failed:
                 self._span.set_status(Status(StatusCode.ERROR))
             self._span.end(self.end_ns)

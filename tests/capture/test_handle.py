@@ -1,0 +1,108 @@
+"""A handle among threads: branches of one step start and end at the same moment."""
+
+import os
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from opentelemetry.sdk.trace import SpanProcessor
+
+from scepsy.capture import Recorder, handle
+
+BRANCHES = 4
+
+
+def end_branches(recorder):
+    """A step whose branches end each in its own thread, all at once; the step's handle and theirs."""
+    step = recorder.start("step", "together")
+    branches = [recorder.start("step", f"branch {number}", parent=step) for number in range(BRANCHES)]
+    ready = threading.Barrier(BRANCHES)
+
+    def end(branch):
+        ready.wait(10)
+        branch.end()
+
+    with ThreadPoolExecutor(BRANCHES) as pool:
+        list(pool.map(end, branches))
+    return step, branches
+
+
+class _Slow(SpanProcessor):
+    """Gives the other threads time to come in between."""
+
+    def __init__(self):
+        self.started = []
+
+    def on_start(self, span, parent_context=None):
+        self.started.append(span.name)
+        time.sleep(0.02)
+
+
+def test_branches_that_end_at_once_have_one_step_above_them(recorded):
+    slow = _Slow()
+    recorded.provider.add_span_processor(slow)
+    step, _ = end_branches(Recorder(recorded.provider))
+    step.end()
+    assert slow.started.count("together") == 1
+    ((name, branches),) = recorded.tree
+    assert (name, sorted(branches)) == ("together", [(f"branch {number}", []) for number in range(BRANCHES)])
+
+
+class _SlowIds(random.Random):
+    def getrandbits(self, bits):
+        drawn = super().getrandbits(bits)
+        time.sleep(0.02)
+        return drawn
+
+
+def test_nor_without_a_tracer(monkeypatch):
+    monkeypatch.setattr(handle, "_ids", _SlowIds())
+    recorder, ended = Recorder(), []
+    recorder.use(None, sink=ended.append)
+    step, branches = end_branches(recorder)
+    step.end()
+    assert len({id(one) for one in ended}) == BRANCHES + 1
+    assert {(one.trace_id, one.parent_id) for one in branches} == {(step.trace_id, step.span_id)}
+    assert len({one.span_id for one in ended}) == BRANCHES + 1
+
+
+def test_what_is_noted_while_another_thread_asks_who_it_is_stays(recorded):
+    step = Recorder(recorded.provider).start("step", "above")
+    attributes = step.attributes
+    attributes["early"] = 1
+    step.identify()
+    attributes["early"] = 2
+    attributes["late"] = 3
+    step.end()
+    assert {recorded.named("above").attributes[name] for name in ("early", "late")} == {2, 3}
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_fork_while_another_thread_is_at_it_can_go_on(recorded):
+    """The thread that holds the lock is not there in the child."""
+    held, done = threading.Event(), threading.Event()
+
+    def hold():
+        with handle._identifying:
+            held.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(10)
+    child = os.fork()
+    if child == 0:
+        step = Recorder(recorded.provider).start("step", "in the child")
+        step.end()
+        os._exit(0)
+    done.set()
+    thread.join()
+    deadline_s = time.monotonic() + 20
+    while (found := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    if found == (0, 0):
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+    assert found == (child, 0)
