@@ -29,6 +29,19 @@ def end_branches(recorder):
     return step, branches
 
 
+def test_the_wall_clock_is_read_at_one_moment_with_the_steady_one():
+    """Every reading but one is interrupted for ten milliseconds, before the wall clock is read or after it."""
+    truth, steady, gaps = 1_000_000, 0, iter([10**7, 40, 40, 10**7, 10**7, 40, 40, 40, 40, *[10**7] * 99])
+
+    def tick():
+        nonlocal steady
+        steady += next(gaps)
+        return steady
+
+    found = handle.clock_offset_ns(wall_ns=lambda: truth + tick(), steady_ns=tick)
+    assert abs(found - truth) < 100
+
+
 class _Slow(SpanProcessor):
     """Gives the other threads time to come in between."""
 

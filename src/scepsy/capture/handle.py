@@ -30,8 +30,26 @@ HANDLE_KEY: Final = context_api.create_key("scepsy-handle")
 SPAN_KEY: Final = next(iter(trace.set_span_in_context(trace.INVALID_SPAN, Context())))
 """Where OpenTelemetry keeps the current span in a context."""
 PROPAGATOR: Final = TraceContextTextMapPropagator()
+
+
+def clock_offset_ns(
+    wall_ns: Callable[[], int] = time.time_ns, steady_ns: Callable[[], int] = time.perf_counter_ns
+) -> int:
+    """What the wall clock is ahead of the steady one: by the quickest of several readings.
+
+    A thread may be stopped between two of them, and every span would lie that much too early, before its parent if
+    that is somebody else's.
+    """
+
+    def read() -> tuple[int, int]:
+        before, wall, after = steady_ns(), wall_ns(), steady_ns()
+        return after - before, wall - (before + after) // 2
+
+    return min(read() for _ in range(8))[1]
+
+
 # Wall time that neither jumps nor runs backwards while this process lives: durations must be right first of all.
-_CLOCK_OFFSET_NS: Final = time.time_ns() - time.perf_counter_ns()
+_CLOCK_OFFSET_NS: Final = clock_offset_ns()
 # Not the program's own generator: programs seed that, and then every run of theirs would have the same ids.
 _ids: Final = random.Random()  # noqa: S311 - ids are no secrets
 _keys: Final = itertools.count()
