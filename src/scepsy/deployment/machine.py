@@ -6,17 +6,17 @@ import os
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from scepsy.discovery.products import device_type_of
+from scepsy.discovery.visible import left_visible
 from scepsy_optimizer.cluster import Node
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.plan import Plan
 
 _ANSWER_S: Final = 60
-_SHORTEST_UUID: Final = 3
 _MPS_CONTROL = "nvidia-cuda-mps-control"
 _DEFAULT_MPS_DIRECTORY = "/tmp/nvidia-mps"  # noqa: S108 - NVIDIA's default, the same on every machine
 _PCI: Final = Path("/sys/bus/pci/devices")
@@ -51,34 +51,17 @@ def find_gpus() -> list[Gpu]:
         )
     buses = _asked(tool, "--query-gpu=uuid,pci.bus_id", "--format=csv,noheader")
     beside = {uuid.strip(): _cores_beside(bus.strip()) for uuid, _, bus in (one.partition(",") for one in buses)}
-    listed: list[tuple[str, Gpu, list[Gpu]]] = []
+    index, whole = "", Gpu(uuid="", name="")
+    found: dict[Gpu, tuple[str, ...]] = {}
     for line in _asked(tool, "-L"):
         if gpu := _LISTED_GPU.match(line):
-            listed.append((gpu[1], Gpu(uuid=gpu[3], name=gpu[2], cores=beside.get(gpu[3], ())), []))
-        elif listed and (mig := _LISTED_MIG.match(line)):
-            _, whole, instances = listed[-1]
-            instances.append(Gpu(uuid=mig[2], name=f"{whole.name} {mig[1]}", cores=whole.cores))
-    found: dict[str, list[Gpu]] = {}
-    for index, whole, instances in listed:
-        found[index] = found[whole.uuid] = instances or [whole]
-        found |= {one.uuid: [one] for one in instances}
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return [gpu for key, those in found.items() if key.isdigit() for gpu in those]
-    # CUDA takes the beginning of a UUID for the UUID, and ends the list at the first name that it does not know.
-    chosen: list[Gpu] = []
-    for name in visible.split(","):
-        wanted = name.strip()
-        named = [
-            gpu
-            for key, those in found.items()
-            if key == wanted or (len(wanted) > _SHORTEST_UUID and key.startswith(wanted))
-            for gpu in those
-        ]
-        if not named:
-            break
-        chosen += [gpu for gpu in dict.fromkeys(named) if gpu not in chosen]
-    return chosen
+            index, whole = gpu[1], Gpu(uuid=gpu[3], name=gpu[2], cores=beside.get(gpu[3], ()))
+            found[whole] = (index, whole.uuid)
+        elif mig := _LISTED_MIG.match(line):
+            found.pop(whole, None)
+            found[replace(whole, uuid=mig[2], name=f"{whole.name} {mig[1]}")] = (index, whole.uuid, mig[2])
+    gpus = list(found)
+    return [gpus[number] for number in left_visible(list(found.values()))]
 
 
 def _asked(tool: str, *words: str) -> list[str]:

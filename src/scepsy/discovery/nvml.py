@@ -13,6 +13,7 @@ from typing import Any
 import networkx as nx
 
 from scepsy.discovery.products import device_type_of
+from scepsy.discovery.visible import VARIABLE, left_visible
 from scepsy_optimizer.cluster import Cluster, Node
 from scepsy_optimizer.errors import ScepsyError
 
@@ -106,25 +107,14 @@ def _device(nvml: Any, handle: Any, gpu: Any, index: int) -> _Device:
 
 def _visible(devices: list[_Device]) -> list[_Device]:
     """The devices that CUDA_VISIBLE_DEVICES leaves, in its order."""
-    wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if wanted is None:
-        if not devices:
-            raise ScepsyError("NVIDIA's driver is here but shows no GPU; describe the cluster, such as 8xH100")
-        return devices
-    found: list[_Device] = []
-    for key in wanted.split(","):
-        # CUDA takes the beginning of a UUID for the UUID, and ends the list at the first name that it does not know.
-        named = [
-            device
-            for device in devices
-            if key.strip() == str(device.index) or (len(key.strip()) > 3 and device.uuid.startswith(key.strip()))
-        ]
-        if not named:
-            break
-        found += [device for device in named if device not in found]
-    if not found:
-        raise ScepsyError(f"CUDA_VISIBLE_DEVICES={wanted!r} leaves none of {len(devices)} GPUs; unset or correct it")
-    return found
+    if not devices:
+        raise ScepsyError("NVIDIA's driver is here but shows no GPU; describe the cluster, such as 8xH100")
+    left = left_visible([(str(one.index), one.uuid) for one in devices])
+    if not left:
+        raise ScepsyError(
+            f"{VARIABLE}={os.environ.get(VARIABLE)!r} leaves none of {len(devices)} GPUs; unset or correct it"
+        )
+    return [devices[number] for number in left]
 
 
 def _cluster(nvml: Any, devices: list[_Device]) -> Cluster:
