@@ -16,10 +16,9 @@ from typing import Literal
 
 from scepsy_optimizer.cluster import Cluster, same_devices
 from scepsy_optimizer.move_order import Device, Occupation, order_steps
-from scepsy_optimizer.plan import LLMPlan, Plan, Slot
+from scepsy_optimizer.plan import LLMPlan, Plan, Slot, exact_fraction
 
 # Fractions in plans are decimal; this recovers tenths and thirds from them.
-_FINEST = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +129,7 @@ def engine_of(part: LLMPlan) -> Engine:
         llm=part.llm,
         model=part.model,
         tensor_parallel_size=part.tensor_parallel_size,
-        fraction=Fraction(part.fraction).limit_denominator(_FINEST),
+        fraction=exact_fraction(part.fraction),
         max_num_seqs=part.max_num_seqs,
         max_num_batched_tokens=part.max_num_batched_tokens,
         max_model_len=part.max_model_len,

@@ -22,10 +22,7 @@ from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.eviction import evict_devices, evict_share
 from scepsy_optimizer.free_devices import Floats, FreeDevices, Replica
 from scepsy_optimizer.packing import pack
-from scepsy_optimizer.plan import LLMPlan, Plan, Slot
-
-# Fractions in plans are decimal; this recovers tenths and thirds from them.
-_FINEST = 1000
+from scepsy_optimizer.plan import LLMPlan, Plan, Slot, exact_fraction
 
 
 def place(
@@ -258,7 +255,7 @@ def _shape(part: LLMPlan, units: int) -> tuple[int, int]:
     """Size and units as in `Replica`; a fraction that is no number of units is like none."""
     if part.fraction == 1:
         return part.tensor_parallel_size, 0
-    share = Fraction(part.fraction).limit_denominator(_FINEST) * units
+    share = exact_fraction(part.fraction) * units
     return 0, int(share) if share.denominator == 1 else -1
 
 
@@ -336,7 +333,7 @@ def check_placement(plan: Plan) -> list[str]:
     memory: dict[tuple[str, int], float] = {}
     wrong = []
     for part in plan.llms:
-        fraction = Fraction(part.fraction).limit_denominator(_FINEST)
+        fraction = exact_fraction(part.fraction)
         for number, slot in enumerate(part.slots):
             where = f"{part.llm!r} replica {number}"
             node = nodes.get(slot.node)

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 from scepsy_optimizer.cluster import Cluster
 from scepsy_optimizer.errors import ScepsyError
 
 FORMAT = "scepsy-plan/1"
+_FINEST = 1000
+
+
+def exact_fraction(fraction: float | Fraction) -> Fraction:
+    """The fraction of a device that the decimal number of a file means: tenths and thirds, to a thousandth."""
+    return Fraction(fraction).limit_denominator(_FINEST)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from fractions import Fraction
 from itertools import islice
 
 from scepsy_optimizer.allocation import (
@@ -27,7 +26,7 @@ from scepsy_optimizer.placement import place
 from scepsy_optimizer.plan import LLMPlan, Plan, Prediction, Slot
 from scepsy_optimizer.profile import LLMProfile, Profiles, find_profile, profiles_of
 from scepsy_optimizer.replica import check_range
-from scepsy_optimizer.requirements import NO_REQUIREMENTS, Requirements, check_requirements
+from scepsy_optimizer.requirements import NO_REQUIREMENTS, Requirements, check_requirements, planned
 from scepsy_optimizer.search import budget_units, find_allocation, has_room, over_parts
 from scepsy_optimizer.workload import Workload
 
@@ -290,18 +289,7 @@ def _describe(choice: Choice) -> str:
 
 def plan_choices(plan: Plan) -> dict[str, Groups]:
     """The allocation inside a plan."""
-    return {
-        llm: tuple(
-            Choice(
-                tensor_parallel_size=part.tensor_parallel_size,
-                fraction=Fraction(part.fraction).limit_denominator(1000),
-                replicas=part.replicas,
-                device_type=part.device_type,
-            )
-            for part in plan.parts(llm)
-        )
-        for llm in dict.fromkeys(part.llm for part in plan.llms)
-    }
+    return {llm: planned(plan, llm) for llm in dict.fromkeys(part.llm for part in plan.llms)}
 
 
 def _bounded(plan: Plan, weighted_s: float, bound_s: float, requirements: Requirements) -> Plan:

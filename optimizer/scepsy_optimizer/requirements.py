@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scepsy_optimizer.allocation import UNITS_PER_DEVICE, Choice, Ints
 from scepsy_optimizer.cluster import Cluster
 from scepsy_optimizer.errors import ScepsyError
-from scepsy_optimizer.plan import Plan
+from scepsy_optimizer.plan import Plan, exact_fraction
 from scepsy_optimizer.workload import Workload
 
 Bools = NDArray[np.bool_]
@@ -42,8 +42,7 @@ class LLMRequirements:
         limits = (self.min_replicas, self.max_devices, self.max_nodes, self.only_device_types)
         if self.fixed and limits != (1, None, None, ()):
             raise ScepsyError("requirements: an LLM with fixed groups takes no further limits; remove one or the other")
-        # A file's 0.1 is the nearest binary fraction; a tenth is meant.
-        meant = tuple(replace(one, fraction=one.fraction.limit_denominator(1000)) for one in self.fixed)
+        meant = tuple(replace(one, fraction=exact_fraction(one.fraction)) for one in self.fixed)
         object.__setattr__(self, "fixed", meant)
         for choice in self.fixed:
             size, fraction = choice.tensor_parallel_size, choice.fraction
@@ -186,19 +185,22 @@ def admitted_rows(required: LLMRequirements, cluster: Cluster, *, replicas: Ints
     return found
 
 
+def planned(plan: Plan, llm: str) -> tuple[Choice, ...]:
+    """What a plan gives an LLM. Raises ScepsyError where the plan lacks it."""
+    return tuple(
+        Choice(
+            tensor_parallel_size=part.tensor_parallel_size,
+            fraction=exact_fraction(part.fraction),
+            replicas=part.replicas,
+            device_type=part.device_type,
+        )
+        for part in plan.parts(llm)
+    )
+
+
 def kept(plan: Plan, llm: str) -> LLMRequirements:
     """The requirement that an LLM stays as it is in a plan. Raises ScepsyError where the plan lacks it."""
-    return LLMRequirements(
-        fixed=tuple(
-            Choice(
-                tensor_parallel_size=part.tensor_parallel_size,
-                fraction=Fraction(part.fraction).limit_denominator(1000),
-                replicas=part.replicas,
-                device_type=part.device_type,
-            )
-            for part in plan.parts(llm)
-        )
-    )
+    return LLMRequirements(fixed=planned(plan, llm))
 
 
 def check_requirements(plan: Plan, requirements: Requirements) -> list[str]:
