@@ -23,6 +23,8 @@ class Server:
         self.seen = []
         self.hold = asyncio.Event()
         self.hold.set()
+        self.late_s = 0.0
+        """What passes between the last piece of a stream and its end."""
 
     async def handle(self, request):
         body = await request.read()
@@ -50,6 +52,7 @@ class Server:
         if (asked.get("stream_options") or {}).get("include_usage"):
             await self.send(response, {**head, "choices": [], "usage": usage})
         await response.write(b"data: [DONE]\n\n")
+        await asyncio.sleep(self.late_s)
         return response
 
     async def send(self, response, content):
@@ -131,6 +134,24 @@ async def test_a_stream_is_timed_by_its_pieces(tmp_path):
     assert with_usage["attributes"]["gen_ai.usage.output_tokens"] == "3"
     assert "gen_ai.usage.output_tokens" not in without["attributes"]
     assert with_usage["attributes"]["gen_ai.response.id"] == "r1"
+
+
+async def test_a_client_that_leaves_at_the_last_piece_has_its_answer(tmp_path):
+    """As openai's does since its second version: it closes at [DONE], which engines send before the stream's end."""
+    async with proxied(tmp_path) as (server, counts), aiohttp.ClientSession() as session:
+        server.late_s = 0.3
+        for _ in range(3):
+            body = {"model": "gen", "messages": HELLO, "stream": True, "stream_options": {"include_usage": True}}
+            async with session.post(f"{counts.url}/v1/chat/completions", json=body) as answer:
+                async for line in answer.content:
+                    if line.startswith(b"data: [DONE]"):
+                        break
+                answer.close()
+    found = spans(tmp_path)
+    assert [span["attributes"].get("scepsy.outcome") for span in found if span["name"] == "chat gen"] == [None] * 3
+    assert all(span.get("status", {}).get("code", 0) != 2 for span in found)
+    calls = [span.call for execution in read_executions([tmp_path]).executions for span in execution.calls]
+    assert [(call.llm, call.input_tokens, call.output_tokens) for call in calls] == [("gen", 11, 3)] * 3
 
 
 async def test_conversations_are_executions(tmp_path):

@@ -101,6 +101,28 @@ def test_streams_of_other_kinds():
     assert (told.id, told.input_tokens, told.output_tokens) == ("m1", 5, 8)
 
 
+@pytest.mark.parametrize(
+    ("body", "ended"),
+    [
+        (events(OPENING, piece("x"), LAST), True),
+        (events(OPENING, piece("x"), LAST, done=False), False),
+        (events(OPENING, piece("x"), end="\r\n\r\n"), True),
+        (events(piece("x")) + b"data: {", False),
+        (events({"type": "response.completed", "response": {"id": "r1"}}, done=False), True),
+        (events({"type": "message_delta"}, {"type": "message_stop"}, done=False), True),
+        (b"data: [DONE]", False),
+        (b"", False),
+    ],
+)
+def test_the_last_event_of_a_stream_is_known(body, ended):
+    reader = AnswerReader("text/event-stream", "")
+    reader.feed(body)
+    assert reader.has_ended == ended
+    plain = AnswerReader("application/json", "")
+    plain.feed(body)
+    assert not plain.has_ended
+
+
 def test_an_answer_too_large_to_keep_tells_its_counts_at_its_end():
     vectors = {"object": "list", "data": [{"embedding": "A" * 100_000} for _ in range(30)], "model": "e"}
     body = json.dumps({**vectors, "usage": {"prompt_tokens": 11, "details": {"a": 1}}}).encode()

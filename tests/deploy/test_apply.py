@@ -83,7 +83,9 @@ def test_only_what_differs_starts_and_stops(home, make_plan, make_part, profiles
         assert call(deployment, "new")[0] == "new-0"
         assert load_plan(home / "deployments/default/plan.yaml") == new
         with urllib.request.urlopen(f"{deployment.url}/models") as answer:  # noqa: S310 - our own endpoint
-            assert sorted(model["id"] for model in json.loads(answer.read())["data"]) == ["gen", "new", "ver"]
+            listed = {model["id"]: model["max_model_len"] for model in json.loads(answer.read())["data"]}
+        assert listed == {part.llm: part.max_model_len for part in new.llms}
+        assert sorted(listed) == ["gen", "new", "ver"]
         # And back, from another handle: "new" is not known any more.
         find().apply(old, profiles=profiles)
         assert set(pids(deployment)) == {"gen-0", "gen-1", "ver-0"}

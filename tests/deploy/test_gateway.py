@@ -119,6 +119,19 @@ async def test_load_is_spread_by_what_is_outstanding_and_weight(stage, session):
         (await one).close()
 
 
+async def test_what_a_client_leaves_once_it_has_begun_is_served(stage, session):
+    """Clients close at the last piece of a stream, before its end."""
+    backend = stage.backends["big-0"]
+    (await stage.post(session, {"model": "big/one", "do": "stream and hang"})).close()
+    await until(lambda: not backend.outstanding)
+    assert backend.served == 1
+    asked = asyncio.create_task(stage.post(session, {"model": "big/one", "do": "hang"}))
+    await until(lambda: backend.outstanding)
+    asked.cancel()
+    await until(lambda: not backend.outstanding)
+    assert backend.served == 1
+
+
 async def test_its_own_pages(stage, session):
     async with openai.AsyncOpenAI(base_url=f"{stage.url}/v1", api_key="x") as user:
         assert [model.id for model in (await user.models.list()).data] == ["small", "big/one"]

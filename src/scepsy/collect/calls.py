@@ -187,7 +187,11 @@ class RecordedCall:
             self._reader.feed(piece)
 
     def end(self, *, error: str = "", cancelled: bool = False) -> None:
-        """It is over: whole, failed with `error`, or left by its client."""
+        """It is over: whole, failed with `error`, or left by its client.
+
+        Clients close at the last event of a stream; engines send that before the stream's end.
+        """
+        cancelled = cancelled and not (self._reader is not None and self._reader.has_ended)
         whole = not error and not cancelled
         end_ns = self._end_ns if whole and self._end_ns is not None else time.time_ns()
         attributes = self._attributes

@@ -14,6 +14,8 @@ _KEPT_BYTES: Final = 1 << 20
 _EVENT_END: Final = re.compile(rb"\r?\n\r?\n")
 _USAGE: Final = re.compile(rb'(?<!\\)"usage"\s*:\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
 _LAST_EVENTS: Final = 3
+_LAST_TYPES: Final = frozenset({"response.completed", "response.incomplete", "message_stop"})
+"""With what a stream of the responses API ends, and one of messages."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +58,14 @@ class AnswerReader:
         if len(self._tail) > _KEPT_BYTES:
             self._first = self._first or bytes(self._tail[:4096])
             del self._tail[:-4096]
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether a stream has come to its last event, after which nothing follows but its end."""
+        if not self._last or self._tail.strip():
+            return False
+        last = self._last[-1]
+        return last.endswith(b"[DONE]") or _data(last).get("type") in _LAST_TYPES
 
     def usage(self) -> Usage:
         """What the answer has told, once it is over."""

@@ -25,7 +25,7 @@ from scepsy.deployment.affinity import Affinity
 from scepsy.deployment.backends import Backend, Pool
 from scepsy.deployment.connections import connections
 from scepsy.deployment.forward import client
-from scepsy.deployment.gateway import Gateway
+from scepsy.deployment.gateway import Gateway, listed_model
 from scepsy.deployment.serving import listening, served
 from scepsy.deployment.state import API_KEY
 from scepsy_optimizer.errors import ScepsyError
@@ -73,12 +73,11 @@ async def serve(config: Config, host: str, port: int, told: asyncio.Event) -> No
     """Answer until told to end, then let answers end. Raises ScepsyError where the port is taken."""
     pools: dict[str, Pool] = {}
     models: dict[str, Mapping[str, Any]] = {}
-    begun = int(time.time())
+    begun_s = time.time()
     for target in config.backends:
         backend = Backend(id=target.id, llm=target.llm, url=target.url, weight=target.weight)
         pools.setdefault(target.llm, Pool([])).add(backend)
-        entry = {"id": target.llm, "object": "model", "created": begun, "owned_by": "scepsy", "root": target.model}
-        models[target.llm] = {**entry, "parent": None}
+        models[target.llm] = listed_model(target.llm, target.model, begun_s)
 
     def status() -> Mapping[str, Any]:
         every = [backend for pool in pools.values() for backend in pool.backends]

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import aiohttp
 
 from scepsy.deployment.backends import Backend, Pool
+from scepsy.deployment.gateway import listed_model
 from scepsy.deployment.replica import Replica
 from scepsy.deployment.specs import Engine, ReplicaSpec
 from scepsy.deployment.state import Kept, Order
@@ -169,14 +170,7 @@ class Fleet:
         pool = self.pools.setdefault(spec.llm, replica.pool)
         replica.pool = pool
         pool.add(replica.backend)
-        self.models[spec.llm] = {
-            "id": spec.llm,
-            "object": "model",
-            "created": self._begun,
-            "owned_by": "scepsy",
-            "root": spec.model,
-            "parent": None,
-        }
+        self.models[spec.llm] = listed_model(spec.llm, spec.model, self._begun, spec.max_model_len)
 
     def _keep(self, spec_id: str, reason: str = "") -> None:
         task = asyncio.create_task(self._replicas[spec_id].keep(reason))

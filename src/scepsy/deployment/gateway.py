@@ -28,6 +28,12 @@ REPLICA_HEADER: Final = "x-scepsy-replica"
 _LOST_ANSWERS: Final = 2
 
 
+def listed_model(llm: str, model: str, begun_s: float, max_model_len: int = 0) -> dict[str, Any]:
+    """An LLM as vLLM lists it under /v1/models: what it is loaded from, and its longest context unless that is 0."""
+    entry = {"id": llm, "object": "model", "created": int(begun_s), "owned_by": "scepsy", "root": model, "parent": None}
+    return {**entry, "max_model_len": max_model_len} if max_model_len else entry
+
+
 class Gateway:
     """Routes by model name to the least loaded replica; answers /health, /metrics and /v1/models itself."""
 
@@ -164,9 +170,7 @@ class Gateway:
                         call.note(REPLICA, backend.id)
                         call.answered(answer)
                     seen = call.chunk if call is not None else None
-                    response = await relay(request, answer, extra={REPLICA_HEADER: backend.id}, on_chunk=seen)
-                    backend.served += 1
-                    return response
+                    return await relay(request, answer, extra={REPLICA_HEADER: backend.id}, on_chunk=seen)
             except NotConnectedError:
                 status = 502
                 tried.add(backend.id)
@@ -186,6 +190,8 @@ class Gateway:
                 return web.Response(status=status)
             finally:
                 backend.outstanding -= 1
+                # One that a client leaves at its last piece, before its end, is an answer like others.
+                backend.served += status not in (499, 502)
                 self._metrics.done(name, backend.id, status, started_s)
 
     async def _health(self, _request: web.Request) -> web.Response:

@@ -27,13 +27,12 @@ from scepsy.deployment.haproxy import find_binary
 from scepsy.deployment.names import claim, sweep
 from scepsy.deployment.prepare import prepare
 from scepsy.deployment.processes import Identity
-from scepsy.deployment.specs import ENGINES, Engine
+from scepsy.deployment.specs import ENGINES, START_TIMEOUT_S, Engine
 from scepsy.files import save_plan
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.plan import Plan
 from scepsy_optimizer.profile import Profiles
 
-_START_TIMEOUT_S: Final = {"vllm": 1800.0, "vllm-cpu": 600.0, "emulator": 60.0}
 _GRACE_S: Final = 15.0
 _UPKEEP: Final = state.Upkeep()
 NEEDED: Final = ("aiohttp", "httptools", "orjson", "prometheus_client", "psutil")
@@ -233,7 +232,7 @@ def deploy(
             host=host,
             port=port,
             specs=specs,
-            start_timeout_s=start_timeout_s or _START_TIMEOUT_S[engine],
+            start_timeout_s=start_timeout_s or START_TIMEOUT_S[engine],
             grace_s=_GRACE_S,
             drain_s=drain_s,
             mps_directory=mps,

@@ -17,6 +17,8 @@ Engine = Literal["vllm", "vllm-cpu", "emulator"]
 ENGINES: Final = ("vllm", "vllm-cpu", "emulator")
 LOOPBACK: Final = "127.0.0.1"
 DEFAULT_COMMAND: Final = ("vllm", "serve")
+START_TIMEOUT_S: Final = {"vllm": 1800.0, "vllm-cpu": 600.0, "emulator": 60.0}
+"""How long an engine may take until it answers: the weights of a large model come from a disk."""
 SHUTDOWN_S: Final = 10
 """Less than what a shim waits between telling an engine to end and killing it."""
 
@@ -26,8 +28,8 @@ class ReplicaSpec:
     """One replica to start.
 
     `env` is added to the environment of the deployer. `weight` is what it can do beside the LLM's other replicas.
-    `core_quota`, if set, is the part of its core that each worker
-    process of the replica may use.
+    `core_quota`, if set, is the part of its core that each worker process of the replica may use. `max_model_len` is
+    its longest context in tokens, 0 where the plan does not say.
     """
 
     id: str
@@ -42,6 +44,7 @@ class ReplicaSpec:
     env: Mapping[str, str] = field(default_factory=dict)
     weight: float = 1.0
     core_quota: float | None = None
+    max_model_len: int = 0
 
     @property
     def url(self) -> str:
@@ -238,6 +241,7 @@ def _spec(
         env=env,
         weight=part.replica_weight,
         core_quota=core_quota,
+        max_model_len=part.max_model_len,
     )
 
 

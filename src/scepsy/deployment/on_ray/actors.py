@@ -26,7 +26,7 @@ from scepsy.deployment import machine, processes
 from scepsy.deployment.backends import Backend, Pool
 from scepsy.deployment.connections import connections
 from scepsy.deployment.forward import MAX_BODY_BYTES, client, server_options
-from scepsy.deployment.gateway import Gateway
+from scepsy.deployment.gateway import Gateway, listed_model
 from scepsy.deployment.on_ray.order import EVERYWHERE, NAMESPACE, PROFILE, RayOrder, RayReplica, keeper_name
 from scepsy.deployment.replica import Replica
 from scepsy.deployment.shimmed import StartError
@@ -197,8 +197,7 @@ class Head(_Looped):
         models = {}
         for one in self._order.replicas:
             pools.setdefault(one.spec.llm, Pool([])).add(self._backends[one.spec.id])
-            entry = {"id": one.spec.llm, "object": "model", "created": int(self._begun), "owned_by": "scepsy"}
-            models[one.spec.llm] = {**entry, "root": one.spec.model, "parent": None}
+            models[one.spec.llm] = listed_model(one.spec.llm, one.spec.model, self._begun, one.spec.max_model_len)
         async with connections() as engines:
             status: Mapping[str, Any] = {}
 

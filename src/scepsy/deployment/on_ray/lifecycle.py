@@ -23,13 +23,12 @@ from scepsy.deployment.on_ray.order import (
     replicas_of,
 )
 from scepsy.deployment.prepare import profile_texts
-from scepsy.deployment.specs import DEFAULT_COMMAND, Engine
+from scepsy.deployment.specs import DEFAULT_COMMAND, START_TIMEOUT_S, Engine
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.plan import Plan
 from scepsy_optimizer.profile import Profiles
 
 _PLACE_TIMEOUT_S: Final = 60.0
-_START_TIMEOUT_S: Final = {"vllm": 1800.0, "vllm-cpu": 600.0, "emulator": 60.0}
 _STOP_TIMEOUT_S: Final = 120.0
 _POLL_S: Final = 0.2
 
@@ -120,7 +119,7 @@ def deploy_on_ray(
             engine_args=tuple(engine_args),
             seed=seed,
         ),
-        start_timeout_s=start_timeout_s or _START_TIMEOUT_S[engine],
+        start_timeout_s=start_timeout_s or START_TIMEOUT_S[engine],
     )
     try:
         _place(order, told)

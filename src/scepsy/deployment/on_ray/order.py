@@ -156,4 +156,5 @@ def _spec(
         argv=argv,
         env=env,
         weight=part.replica_weight,
+        max_model_len=part.max_model_len,
     )
