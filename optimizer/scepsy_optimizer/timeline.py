@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
+from operator import itemgetter
 from typing import TYPE_CHECKING, Final
 
 from scepsy_optimizer.executions import Call, Execution, Span
@@ -209,6 +211,10 @@ class _Family:
         self._next = 0
         self._start = start
         self._done: list[tuple[Span, int]] = []
+        # Those of `_done` that no start has come after yet, as a heap by their ends.
+        self._running: list[tuple[float, int, Span]] = []
+        self._last: list[tuple[Span, int]] = []
+        self._waits: tuple[tuple[int, ...], float] = (start,), parent.start_s
 
     def next_child(self) -> Span | None:
         if self._next == len(self._children):
@@ -217,25 +223,39 @@ class _Family:
         return self._children[self._next - 1]
 
     def start_of(self, child: Span, build: _Build) -> int:
-        waits, since_s = self._waits(child.start_s)
+        ended: list[tuple[Span, int]] = []
+        while self._running and self._running[0][0] <= child.start_s:
+            _, event, sibling = heappop(self._running)
+            ended.append((sibling, event))
+        if ended:
+            # Starts only get later, so whoever is waited for through another one now always will be: the last ones
+            # stand for all that ended before. Walking all of them at each start would be quadratic.
+            self._last = _last(sorted(self._last + ended, key=itemgetter(1)))
+            self._waits = _ends(self._last)
+        waits, since_s = self._waits
         return build.event(waits, child.start_s - since_s)
 
     def ended(self, child: Span, event: int) -> None:
         self._done.append((child, event))
+        heappush(self._running, (child.end_s, event, child))
 
     def end_of(self, span: Span, build: _Build) -> int:
-        waits, since_s = self._waits(span.end_s)
+        # A span may end before the last of its children starts, so this is asked of all of them.
+        ended = [(child, event) for child, event in self._done if child.end_s <= span.end_s]
+        waits, since_s = _ends(_last(ended)) if ended else ((self._start,), self._parent.start_s)
         return build.event(waits, span.end_s - since_s)
 
-    def _waits(self, time_s: float) -> tuple[tuple[int, ...], float]:
-        """Ends of the children that something at `time_s` waits for, transitively reduced, and the latest of them.
 
-        A child that ended before another child started which itself ended by `time_s` is waited for through that one.
-        """
-        ended = [(child, event) for child, event in self._done if child.end_s <= time_s]
-        if not ended:
-            return (self._start,), self._parent.start_s
-        horizon_s = max(child.start_s for child, _ in ended)
-        # A child of no duration may start and end at the horizon itself: it stays, and so does whoever started there.
-        waits = tuple(event for child, event in ended if child.end_s > horizon_s or child.start_s == horizon_s)
-        return waits, max(child.end_s for child, _ in ended)
+def _last(ended: Sequence[tuple[Span, int]]) -> list[tuple[Span, int]]:
+    """Those among children that ended that something after them waits for, transitively reduced, in the same order.
+
+    A child that ended before another of them started is waited for through that one.
+    """
+    horizon_s = max(child.start_s for child, _ in ended)
+    # A child of no duration may start and end at the horizon itself: it stays, and so does whoever started there.
+    return [(child, event) for child, event in ended if child.end_s > horizon_s or child.start_s == horizon_s]
+
+
+def _ends(last: Sequence[tuple[Span, int]]) -> tuple[tuple[int, ...], float]:
+    """The events of the children that are waited for, and the latest of their ends."""
+    return tuple(event for _, event in last), max(child.end_s for child, _ in last)

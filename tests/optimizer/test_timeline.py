@@ -150,3 +150,82 @@ def test_waits_are_the_transitive_reduction_of_all_waits(run):
     assert {pair for pair in found if pair[0] >= 0} == set(nx.transitive_reduction(full).edges)
     assert {target for source, target in found if source < 0} == {node for node in full if full.in_degree(node) == 0}
     assert len(found) == len(set(found))
+
+
+@st.composite
+def crowds(draw):
+    """Many children of one span, some of which start or end after it."""
+    times = draw(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 5)), max_size=40))
+    children = [call(f"{index:02}", "root", start, start + lasts) for index, (start, lasts) in enumerate(times)]
+    return execution(step("root", None, 0, draw(st.integers(0, 15))), *children)
+
+
+def plainly_compiled(run):
+    """Predecessors and delays by the definition: every start and every end looks at all children that are done."""
+    events = []
+
+    def add(waits, time):
+        events.append((waits[0], time - waits[1]))
+        return len(events) - 1
+
+    def waited_for(done, time, otherwise):
+        ended = [(child, event) for child, event in done if child.end_s <= time]
+        if not ended:
+            return otherwise
+        horizon = max(child.start_s for child, _ in ended)
+        last = tuple(event for child, event in ended if child.end_s > horizon or child.start_s == horizon)
+        return last, max(child.end_s for child, _ in ended)
+
+    def end_of(span, start):
+        if span.call is not None:
+            return add(((start,), 0.0), 0.0)
+        done = []
+        otherwise = (start,), span.start_s
+        children = [child for child in run.spans if child.parent == span.id]
+        for child in sorted(children, key=lambda child: (child.start_s, child.end_s, child.id)):
+            began = add(waited_for(done, child.start_s, otherwise), child.start_s)
+            done.append((child, end_of(child, began)))
+        return add(waited_for(done, span.end_s, otherwise), span.end_s)
+
+    end_of(run.spans[0], add(((), 0.0), 0.0))
+    return events
+
+
+@given(st.one_of(trees(), crowds()))
+def test_compiled_waits_are_those_of_the_definition(run):
+    timeline = compile_timeline(run)
+    assert list(zip(timeline.predecessors, timeline.delay_s, strict=True)) == plainly_compiled(run)
+
+
+class Instant(float):
+    """A time that counts how often it is compared."""
+
+    compared = 0
+
+    def __le__(self, other):
+        Instant.compared += 1
+        return float(self) <= other
+
+    def __lt__(self, other):
+        Instant.compared += 1
+        return float(self) < other
+
+    def __gt__(self, other):
+        Instant.compared += 1
+        return float(self) > other
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        pytest.param([(2 * index, 2 * index + 1) for index in range(2000)], id="one after another"),
+        pytest.param([(index, index + 5) for index in range(2000)], id="overlapping"),
+        pytest.param([(index % 7, 4000 + index) for index in range(2000)], id="all at once"),
+        pytest.param([(0, 1)] * 1000 + [(2, 3)] * 1000, id="all at once, twice"),
+    ],
+)
+def test_the_work_grows_with_the_calls_and_not_with_their_square(times):
+    calls = [call(f"{index:04}", "root", Instant(start), Instant(end)) for index, (start, end) in enumerate(times)]
+    Instant.compared = 0
+    compile_timeline(execution(step("root", None, Instant(0), Instant(7000)), *calls))
+    assert Instant.compared < 60 * len(times)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
@@ -9,7 +10,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -25,6 +26,9 @@ from scepsy.traces.formats import (
 from scepsy.traces.records import NoTracesError, RawSpan, Tally
 from scepsy_optimizer.errors import ScepsyError
 
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
 STDIN = "-"
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".parquet", ".pb", ".binpb", ".otlp")
 COMPRESSED = ("", ".gz", ".zst")
@@ -39,11 +43,14 @@ _NOT_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _GZIP = b"\x1f\x8b"
 _ZSTD = b"\x28\xb5\x2f\xfd"
 _PARQUET = b"PAR1"
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _DELIMITERS = (b",", b";", b"\t")
 _HEADER = 4096
 # Lines are long: put together from small pieces they take several times as long.
 _BUFFER = 1 << 20
 _LONGEST_MESSAGE = 1 << 30
+# Small, since all that a piece of zstd holds is decompressed at once.
+_PACKED = 1 << 14
 # So that zipping a file into memory by mistake is an error, not a dead machine.
 _LONGEST_DECOMPRESSED = 1 << 31
 
@@ -106,16 +113,55 @@ def _spans(path: Path, stream: io.BufferedReader[Any], tally: Tally) -> Iterator
     elif start == _ZSTD:
         zstandard = _zstandard()
         try:
-            with zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True) as inner:
-                yield from _content(path, io.BufferedReader(inner, _BUFFER), tally)
+            inner = _ZstdFrames(stream, zstandard.ZstdDecompressor())
+            yield from _content(path, io.BufferedReader(inner, _BUFFER), tally)
         except zstandard.ZstdError as error:
             raise ScepsyError(f"{path}: cannot be read: {error}") from error
     else:
         yield from _content(path, stream, tally)
 
 
+class _ZstdFrames(io.RawIOBase):
+    """What frames of zstd hold, one after another. Frames that are cut off are an EOFError, as they are in gzip.
+
+    zstandard's own reader takes the end of the file for the end of a frame.
+    """
+
+    def __init__(self, stream: io.BufferedReader[Any], decompressor: Any) -> None:
+        self._stream = stream
+        self._decompressor = decompressor
+        self._frame: Any = None
+        self._packed = b""
+        self._unpacked = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer, /) -> int:
+        while not self._unpacked:
+            packed = self._packed or self._stream.read(_PACKED)
+            if not packed:
+                if self._frame is not None:
+                    raise EOFError("Compressed file ended before the end of its last frame was reached")
+                return 0
+            frame = self._frame or self._decompressor.decompressobj()
+            self._unpacked = memoryview(frame.decompress(packed))
+            self._frame, self._packed = (None, frame.unused_data) if frame.eof else (frame, b"")
+        into = memoryview(buffer)
+        size = min(len(into), len(self._unpacked))
+        into[:size] = self._unpacked[:size]
+        self._unpacked = self._unpacked[size:]
+        return size
+
+
 def _content(path: Path, stream: io.BufferedReader, tally: Tally) -> Iterator[Iterable[RawSpan]]:
     start = stream.peek(5)[:5]
+    if start[:2] in _UTF16:
+        # Also in a directory, where other files without traces are passed over: this one is most likely full of them.
+        raise ScepsyError(f"{path}: cannot be read: its text is in UTF-16; save it as UTF-8")
+    if start[:3] == codecs.BOM_UTF8:
+        stream.read(3)
+        start = stream.peek(5)[:5]
     if start[:4] == _PARQUET:
         yield from _parquet(path, stream, tally)
     elif start[:1] == b"\x00":
@@ -217,7 +263,7 @@ def _messages(path: Path, stream: io.BufferedReader, tally: Tally) -> Iterator[I
 
 
 def _csv(path: Path, stream: io.BufferedReader, tally: Tally) -> Iterator[Iterable[RawSpan]]:
-    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
+    text = io.TextIOWrapper(stream, encoding="utf-8", errors="replace", newline="")
     header = text.readline()
     delimiter = max(",;\t", key=header.count)
     columns = next(csv.reader([header], delimiter=delimiter), [])
