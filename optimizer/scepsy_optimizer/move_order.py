@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from math import lcm
 
 Device = tuple[str, int]
 
 # States looked at times replicas to move: small cases are searched through, large ones as far as a second goes.
 _MAX_WORK = 100_000
+
+
+@dataclass(slots=True)
+class Work:
+    """What may still be spent on making orders, shared by those that belong together."""
+
+    left: int = 4 * _MAX_WORK
+
+    def portion(self) -> int:
+        """What one search may go through: at most half of what is left, so that those after it can look too."""
+        return min(_MAX_WORK, self.left // 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,37 +45,129 @@ class Step:
 
 @dataclass(slots=True)
 class _State:
+    """What is still to stop and to start, and what runs; parts of devices in whole numbers, for speed."""
+
     stops: set[int]
     starts: set[int]
-    used: dict[Device, Fraction]
+    whole: int
+    stop_parts: list[int]
+    start_parts: list[int]
+    used: dict[Device, int]
     stops_on: dict[Device, list[int]]
     served: Counter[str]
 
 
-def order_steps(stops: Sequence[Occupation], starts: Sequence[Occupation], staying: Sequence[Occupation]) -> list[Step]:
+def order_steps(
+    stops: Sequence[Occupation],
+    starts: Sequence[Occupation],
+    staying: Sequence[Occupation],
+    work: Work | None = None,
+) -> list[Step]:
     """Every stop and every start once: a start where its devices have room, a stop where its LLM has another replica.
 
     LLMs that start nothing and keep nothing are given up, so their stops never wait. Where no such order exists, or, of
     dozens of moves, none was found in the time that is allowed, some stops come early and say that they interrupt.
     """
     wanted = {one.llm for one in (*starts, *staying)}
-    state = _State(set(range(len(stops))), set(range(len(starts))), {}, {}, Counter())
+    state = _begin(stops, starts, staying)
+    work = work or Work()
+    steps = _uninterrupted(state, stops, starts, wanted, work)
+    return steps if steps is not None else _interrupted(state, stops, starts, wanted, work)
+
+
+def interrupted(steps: Sequence[Step], stops: Sequence[Occupation]) -> set[str]:
+    """The LLMs that an order leaves without any replica for a while."""
+    return {stops[step.index].llm for step in steps if step.interrupts}
+
+
+def order_with_last(
+    steps: Sequence[Step],
+    stops: Sequence[Occupation],
+    starts: Sequence[Occupation],
+    staying: Sequence[Occupation],
+    work: Work,
+) -> list[Step] | None:
+    """From an order without the last of the stops, a temporary replica of an LLM that starts others, one with it.
+
+    Either the same, with the temporary replica stopped after the first start of its LLM, or, where that has no room or
+    interrupts some still, a new one. None where neither is found in the time that is allowed.
+    """
+    last = len(stops) - 1
+    after = 1 + next(at for at, step in enumerate(steps) if step.start and starts[step.index].llm == stops[last].llm)
+    kept = _checked([*steps[:after], Step(start=False, index=last), *steps[after:]], stops, starts, staying)
+    if work.left <= 0 or (kept is not None and not interrupted(kept, stops)):
+        return kept
+    found = order_steps(stops, starts, staying, work)
+    return min([found, *([kept] if kept else [])], key=lambda order: len(interrupted(order, stops)))
+
+
+def order_without(
+    index: int,
+    steps: Sequence[Step],
+    stops: Sequence[Occupation],
+    starts: Sequence[Occupation],
+    staying: Sequence[Occupation],
+    work: Work,
+) -> list[Step] | None:
+    """From an order with `stops` one without that of this index that interrupts no more LLMs; None if none is found."""
+    most = len(interrupted(steps, stops))
+    fewer = [*stops[:index], *stops[index + 1 :]]
+    rest = [
+        step if step.start or step.index < index else replace(step, index=step.index - 1)
+        for step in steps
+        if step.start or step.index != index
+    ]
+    kept = _checked(rest, fewer, starts, staying)
+    if kept is not None and len(interrupted(kept, fewer)) <= most:
+        return kept
+    found = order_steps(fewer, starts, staying, work) if work.left > 0 else None
+    return found if found is not None and len(interrupted(found, fewer)) <= most else None
+
+
+def _begin(stops: Sequence[Occupation], starts: Sequence[Occupation], staying: Sequence[Occupation]) -> _State:
+    """Everything old runs, nothing new does."""
+    whole = lcm(*(one.part.denominator for one in (*stops, *starts, *staying)))
+    state = _State(
+        stops=set(range(len(stops))),
+        starts=set(range(len(starts))),
+        whole=whole,
+        stop_parts=[int(one.part * whole) for one in stops],
+        start_parts=[int(one.part * whole) for one in starts],
+        used={},
+        stops_on={},
+        served=Counter(),
+    )
     for index, one in enumerate(stops):
         for device in one.devices:
             state.stops_on.setdefault(device, []).append(index)
     for one in (*stops, *staying):
-        state.served[one.llm] += 1
-        for device in one.devices:
-            state.used[device] = state.used.get(device, Fraction(0)) + one.part
-    steps = _uninterrupted(state, stops, starts, wanted)
-    return steps if steps is not None else _interrupted(state, stops, starts, wanted)
+        _change(state, one, 1, int(one.part * whole))
+    return state
+
+
+def _checked(
+    order: Sequence[Step], stops: Sequence[Occupation], starts: Sequence[Occupation], staying: Sequence[Occupation]
+) -> list[Step] | None:
+    """The order with its interruptions told anew, or None where a start has no room."""
+    wanted = {one.llm for one in (*starts, *staying)}
+    state = _begin(stops, starts, staying)
+    found = []
+    for step in order:
+        one = (starts if step.start else stops)[step.index]
+        if step.start and _full(step.index, starts, state):
+            return None
+        _do(state, step, stops, starts)
+        lost = not step.start and state.served[one.llm] == 0 and one.llm in wanted
+        found.append(replace(step, interrupts=lost))
+    return found
 
 
 def _uninterrupted(
-    state: _State, stops: Sequence[Occupation], starts: Sequence[Occupation], wanted: set[str]
+    state: _State, stops: Sequence[Occupation], starts: Sequence[Occupation], wanted: set[str], work: Work
 ) -> list[Step] | None:
     """Depth first, the most promising step first; None where no order serves every LLM all the time."""
-    max_states = _MAX_WORK // (len(stops) + len(starts) + 1)
+    size = len(stops) + len(starts) + 1
+    max_states = work.portion() // size
     dead: set[tuple[frozenset[int], frozenset[int]]] = set()
     path: list[Step] = []
     choices: list[Iterator[Step]] = [iter(_steps(state, stops, starts, wanted))]
@@ -84,11 +188,12 @@ def _uninterrupted(
             continue
         path.append(step)
         choices.append(iter(_steps(state, stops, starts, wanted)))
+        work.left -= size
     return path
 
 
 def _interrupted(
-    state: _State, stops: Sequence[Occupation], starts: Sequence[Occupation], wanted: set[str]
+    state: _State, stops: Sequence[Occupation], starts: Sequence[Occupation], wanted: set[str], work: Work
 ) -> list[Step]:
     """As far as it goes without interruption; then the start that interrupts the fewest LLMs, and on."""
     path: list[Step] = []
@@ -96,11 +201,12 @@ def _interrupted(
         steps = _steps(state, stops, starts, wanted)
         if not steps:
             start = min(sorted(state.starts), key=lambda index: _hurt(index, state, stops, starts))
-            blocker = _in_the_way(starts[start], state)[0]
+            blocker = _in_the_way(start, starts, state)[0]
             last = state.served[stops[blocker].llm] == 1
             steps = [Step(start=False, index=blocker, interrupts=last)]
         _do(state, steps[0], stops, starts)
         path.append(steps[0])
+        work.left -= len(stops) + len(starts) + 1
     return path
 
 
@@ -115,7 +221,7 @@ def _steps(state: _State, stops: Sequence[Occupation], starts: Sequence[Occupati
     ready = []
     urgency: dict[int, tuple[int, bool]] = {}
     for index in sorted(state.starts):
-        blockers = _in_the_way(starts[index], state)
+        blockers = _in_the_way(index, starts, state)
         if not blockers:
             ready.append(index)
         for blocker in blockers:
@@ -130,18 +236,23 @@ def _steps(state: _State, stops: Sequence[Occupation], starts: Sequence[Occupati
     return found
 
 
-def _in_the_way(start: Occupation, state: _State) -> list[int]:
+def _in_the_way(index: int, starts: Sequence[Occupation], state: _State) -> list[int]:
     """The replicas still running on devices that have too little room for a start; empty where it can happen."""
-    full = [device for device in start.devices if state.used.get(device, 0) + start.part > 1]
-    on = {index for device in full for index in state.stops_on.get(device, ())}
+    on = {stop for device in _full(index, starts, state) for stop in state.stops_on.get(device, ())}
     return sorted(on & state.stops)
+
+
+def _full(index: int, starts: Sequence[Occupation], state: _State) -> list[Device]:
+    """The devices that have too little room for a start."""
+    room = state.whole - state.start_parts[index]
+    return [device for device in starts[index].devices if state.used.get(device, 0) > room]
 
 
 def _hurt(
     index: int, state: _State, stops: Sequence[Occupation], starts: Sequence[Occupation]
 ) -> tuple[int, int, bool]:
     """How many LLMs, and replicas, a start would interrupt or end now, and whether one of another LLM is among them."""
-    blockers = _in_the_way(starts[index], state)
+    blockers = _in_the_way(index, starts, state)
     ended = Counter(stops[blocker].llm for blocker in blockers)
     lost = sum(count >= state.served[llm] for llm, count in ended.items())
     return lost, len(blockers), any(llm != starts[index].llm for llm in ended)
@@ -150,22 +261,22 @@ def _hurt(
 def _do(state: _State, step: Step, stops: Sequence[Occupation], starts: Sequence[Occupation]) -> None:
     if step.start:
         state.starts.remove(step.index)
-        _change(state, starts[step.index], 1)
+        _change(state, starts[step.index], 1, state.start_parts[step.index])
     else:
         state.stops.remove(step.index)
-        _change(state, stops[step.index], -1)
+        _change(state, stops[step.index], -1, state.stop_parts[step.index])
 
 
 def _undo(state: _State, step: Step, stops: Sequence[Occupation], starts: Sequence[Occupation]) -> None:
     if step.start:
         state.starts.add(step.index)
-        _change(state, starts[step.index], -1)
+        _change(state, starts[step.index], -1, state.start_parts[step.index])
     else:
         state.stops.add(step.index)
-        _change(state, stops[step.index], 1)
+        _change(state, stops[step.index], 1, state.stop_parts[step.index])
 
 
-def _change(state: _State, one: Occupation, sign: int) -> None:
+def _change(state: _State, one: Occupation, sign: int, part: int) -> None:
     state.served[one.llm] += sign
     for device in one.devices:
-        state.used[device] = state.used.get(device, Fraction(0)) + sign * one.part
+        state.used[device] = state.used.get(device, 0) + sign * part

@@ -12,13 +12,24 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import combinations, islice
 from typing import Literal
 
 from scepsy_optimizer.cluster import Cluster, same_devices
-from scepsy_optimizer.move_order import Device, Occupation, order_steps
+from scepsy_optimizer.move_order import (
+    Device,
+    Occupation,
+    Step,
+    Work,
+    interrupted,
+    order_steps,
+    order_with_last,
+    order_without,
+)
 from scepsy_optimizer.plan import LLMPlan, Plan, Slot, exact_fraction
 
-# Fractions in plans are decimal; this recovers tenths and thirds from them.
+# Slots looked at for one temporary replica, where each of them is in the way of something.
+_MAX_SLOTS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +85,7 @@ def plan_moves(old: Plan, new: Plan) -> Moves:
     """The fewest restarts that turn the old plan into the new one, in an order that keeps every LLM served if one does.
 
     Devices of the two clusters are the same where `same_devices` says so. A temporary replica, one more restart, is
-    added only where an LLM would be interrupted otherwise.
+    added only where fewer LLMs are interrupted with it.
     """
     same = same_devices(old.cluster, new.cluster)
     at: dict[tuple[Engine, frozenset[Device]], list[Slot]] = defaultdict(list)
@@ -94,19 +105,10 @@ def plan_moves(old: Plan, new: Plan) -> Moves:
     coming = [_occupation(engine, _devices(slot)) for engine, slot in starts]
     staying = [_occupation(engine, _devices(slot)) for engine, slot in stay]
     steps = order_steps(leaving, coming, staying)
-    bridges: list[tuple[Engine, Slot]] = []
-    while lost := [stops[step.index] for step in steps if step.interrupts]:
-        engine, slot = lost[0]
-        device_type = next(node.device_type for node in old.cluster.nodes if node.name == slot.node)
-        free = _free_slot(engine, device_type, new.cluster, [*leaving, *staying], coming)
-        if free is None:
-            break
-        stops.append((engine, free))
-        bridges.append((engine, free))
-        leaving.append(_occupation(engine, _devices(free)))
-        steps = order_steps(leaving, coming, staying)
+    steps, bridges = _bridged(steps, stops, (leaving, coming, staying), old.cluster, new.cluster)
+    own = len(stops)
+    stops += bridges
     moves = [Move(action="start", engine=engine, slot=slot, temporary=True) for engine, slot in bridges]
-    own = len(stops) - len(bridges)
     goes, comes = _pairs(stops[:own], starts, old.cluster, new.cluster)
     for step in steps:
         engine, slot = (starts if step.start else stops)[step.index]
@@ -152,29 +154,103 @@ def _occupation(engine: Engine, devices: frozenset[Device]) -> Occupation:
     return Occupation(llm=engine.llm, part=engine.fraction, devices=devices)
 
 
-def _free_slot(
+def _bridged(
+    steps: list[Step],
+    stops: Sequence[tuple[Engine, Slot]],
+    occupations: tuple[Sequence[Occupation], Sequence[Occupation], Sequence[Occupation]],
+    old: Cluster,
+    new: Cluster,
+) -> tuple[list[Step], list[tuple[Engine, Slot]]]:
+    """An order that interrupts fewer LLMs than `steps`, where temporary replicas give one, and these replicas.
+
+    Each is one more of the stops, after the own ones. One for each LLM is enough: it can end when the first new
+    replica of its LLM runs, and whatever runs just before that has run from the beginning.
+    """
+    leaving, coming, staying = occupations
+    type_of = {node.name: node.device_type for node in old.nodes}
+    bridges: list[tuple[Engine, Slot]] = []
+    running = list(leaving)
+    tried: set[str] = set()
+    work = Work()
+    while lost := [
+        stops[step.index]
+        for step in steps
+        if step.interrupts and step.index < len(stops) and stops[step.index][0].llm not in tried
+    ]:
+        engine, slot = lost[0]
+        tried.add(engine.llm)
+        now = len(interrupted(steps, running))
+        best = steps
+        for free in _free_slots(engine, type_of[slot.node], new, [*running, *staying], coming, staying):
+            more = [*running, _occupation(engine, _devices(free))]
+            found = order_with_last(steps, more, coming, staying, work)
+            if found is not None and len(interrupted(found, more)) < now:
+                now, best, chosen = len(interrupted(found, more)), found, free
+            if now == 0:
+                break
+        if best is steps:
+            continue
+        steps = best
+        running.append(_occupation(engine, _devices(chosen)))
+        bridges.append((engine, chosen))
+    # Later ones may do what earlier ones did, and one whose LLM is interrupted after all does nothing.
+    index = len(bridges) - 1
+    while index >= 0:
+        rest = order_without(len(stops) + index, steps, running, coming, staying, work)
+        if rest is None:
+            index -= 1
+        else:
+            steps = rest
+            del running[len(stops) + index], bridges[index]
+            # The new order may interrupt others, and so need fewer of those that were looked at.
+            index = len(bridges) - 1
+    return steps, bridges
+
+
+def _free_slots(
     engine: Engine,
     device_type: str,
     cluster: Cluster,
     running: Sequence[Occupation],
     coming: Sequence[Occupation],
-) -> Slot | None:
-    """Where one more such replica can start before anything stops, if possible where nothing is to start."""
-    used: dict[Device, Fraction] = defaultdict(Fraction)
-    for one in running:
-        for device in one.devices:
-            used[device] += one.part
+    staying: Sequence[Occupation],
+) -> list[Slot]:
+    """Where one more such replica can start before anything stops and may keep its LLM served until another starts.
+
+    The first new replica of its LLM has to fit beside it: one that ends before that leaves the LLM with replicas that
+    have been there all the time. Where nothing is to start on a slot, it is the only one that is named.
+    """
+    used, kept = _used(running), _used(staying)
     awaited = {device for one in coming for device in one.devices}
-    best: tuple[int, Slot] | None = None
+    own = [one for one in coming if one.llm == engine.llm]
+    costs: dict[Slot, int] = {}
     for node in cluster.nodes:
         for domain in node.nvlink_domains if node.device_type == device_type else ():
             open_ = [device for device in domain if used[node.name, device] + engine.fraction <= 1]
             open_.sort(key=lambda device: (node.name, device) in awaited)
-            chosen = open_[: engine.tensor_parallel_size]
-            cost = sum((node.name, device) in awaited for device in chosen)
-            if len(chosen) == engine.tensor_parallel_size and (best is None or cost < best[0]):
-                best = (cost, Slot(node=node.name, devices=tuple(sorted(chosen))))
-    return None if best is None else best[1]
+            beside = {
+                tuple(
+                    device
+                    for device in open_
+                    if (node.name, device) not in one.devices
+                    or kept[node.name, device] + engine.fraction + one.part <= 1
+                ): None
+                for one in own
+            }
+            for devices in beside:
+                for chosen in islice(combinations(devices, engine.tensor_parallel_size), _MAX_SLOTS):
+                    cost = sum((node.name, device) in awaited for device in chosen)
+                    costs.setdefault(Slot(node=node.name, devices=tuple(sorted(chosen))), cost)
+    slots = sorted(costs, key=lambda slot: costs[slot])[:_MAX_SLOTS]
+    return slots[:1] if slots and costs[slots[0]] == 0 else slots
+
+
+def _used(replicas: Sequence[Occupation]) -> dict[Device, Fraction]:
+    used: dict[Device, Fraction] = defaultdict(Fraction)
+    for one in replicas:
+        for device in one.devices:
+            used[device] += one.part
+    return used
 
 
 def _pairs(

@@ -2,6 +2,7 @@ from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
 from itertools import permutations
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
@@ -194,6 +195,90 @@ def test_a_swap_takes_a_temporary_replica_where_a_device_is_free():
     assert len(crowded.interrupted) == 1
     assert crowded.restarts == 2
     assert sum("(interrupts" in line for line in describe_moves(crowded)) == 1
+
+
+@settings(max_examples=150, deadline=None)
+@given(plans(), plans())
+def test_every_temporary_replica_saves_an_llm_from_interruption(old, new):
+    moves = plan_moves(old, new)
+    with patch("scepsy_optimizer.moves._free_slots", return_value=[]):
+        without = plan_moves(old, new)
+    started = [step.engine.llm for step in moves.steps if step.temporary and step.action == "start"]
+    assert not any(step.temporary for step in without.steps)
+    assert len(moves.interrupted) + len(started) <= len(without.interrupted)
+    assert len(set(started)) == len(started)
+    assert not set(started) & set(moves.interrupted)
+    assert sorted(started) == sorted(
+        step.engine.llm for step in moves.steps if step.temporary and step.action == "stop"
+    )
+
+
+@pytest.mark.parametrize("fraction", [0.3, 0.1, 0.001])
+def test_no_temporary_replica_on_devices_that_the_only_new_one_waits_for(fraction):
+    cluster = parse_cluster("4xH100")
+    old = plan(part("a", [(0, (0,))], fraction), part("b", [(0, (2, 3))]), cluster=cluster)
+    new = plan(part("a", [(0, (0, 1))]), part("b", [(0, (2, 3))]), cluster=cluster)
+    moves = plan_moves(old, new)
+    assert moves.interrupted == ("a",)
+    assert [(step.action, step.temporary) for step in moves.steps] == [("stop", False), ("start", False)]
+    # With a device to spare it is bridged, once.
+    spare = plan_moves(replace(old, llms=old.llms[:1]), replace(new, llms=new.llms[:1]))
+    assert spare.interrupted == ()
+    assert spare.restarts == 2
+
+
+def test_no_temporary_replica_that_another_llm_would_be_interrupted_for():
+    cluster = parse_cluster("3xH100")
+    old = plan(part("a", [(0, (0,))]), part("b", [(0, (1,))]), cluster=cluster)
+    new = plan(part("a", [(0, (1,))]), part("b", [(0, (0, 2))]), cluster=cluster)
+    moves = plan_moves(old, new)
+    assert len(moves.interrupted) == 1
+    assert moves.restarts == 2
+
+
+def test_a_temporary_replica_goes_before_another_llm_needs_its_device():
+    cluster = parse_cluster("4xH100")
+    old = plan(part("a", [(0, (0,))]), part("b", [(0, (1,))]), part("c", [(0, (3,))]), cluster=cluster)
+    new = plan(part("a", [(0, (1,))]), part("b", [(0, (0,))]), part("c", [(0, (2,))]), cluster=cluster)
+    moves = plan_moves(old, new)
+    assert moves.interrupted == ()
+    assert moves.restarts == 4
+    assert carry_out(old, moves) == engines(new)
+
+
+def test_a_temporary_replica_goes_before_a_second_new_one_of_its_llm_needs_its_device():
+    cluster = parse_cluster("6xH100")
+    old = plan(
+        part("a", [(0, (0,))], 0.5),
+        part("b", [(0, (3, 4))]),
+        part("c", [(0, (1,))]),
+        part("d", [(0, (2,))], 0.5),
+        cluster=cluster,
+    )
+    new = plan(
+        part("a", [(0, (1,))]),
+        part("a", [(0, (2, 3))]),
+        part("b", [(0, (0,))]),
+        part("c", [(0, (4,))]),
+        part("d", [(0, (5,))], 0.5),
+        cluster=cluster,
+    )
+    moves = plan_moves(old, new)
+    assert moves.interrupted == ()
+    assert moves.restarts == 6
+    assert carry_out(old, moves) == engines(new)
+
+
+def test_many_temporary_replicas_are_found_in_time():
+    cluster = parse_cluster("16x8xH100")
+    places = [(node, (device,)) for node in range(16) for device in range(8)]
+    # Fifty-six pairs of LLMs change places; of the sixteen devices left each can bridge one of them.
+    old = plan(*[part(f"m{index}", [places[index]]) for index in range(112)], cluster=cluster)
+    new = plan(*[part(f"m{index}", [places[index ^ 1]]) for index in range(112)], cluster=cluster)
+    moves = plan_moves(old, new)
+    assert len(moves.interrupted) <= 40
+    assert moves.restarts + len(moves.interrupted) <= 112 + 56
+    assert carry_out(old, moves) == engines(new)
 
 
 def test_moves_go_the_shortest_way():
