@@ -8,7 +8,9 @@ import pytest
 from aiohttp import web
 
 from scepsy.collect import collecting
+from scepsy.collect.calls import Recorder
 from scepsy.collect.joining import Joiner
+from scepsy.collect.store import TraceStore
 from scepsy.traces import read_executions
 from scepsy_optimizer.errors import ScepsyError
 
@@ -79,15 +81,19 @@ def client(counts, **options):
     return openai.AsyncOpenAI(base_url=f"{counts.url}/v1", api_key="sk-secret", max_retries=0, **options)
 
 
-def spans(directory):
+def raw_spans(directory):
     found = []
     for path in directory.iterdir():
         for line in path.read_text().splitlines():
             for group in json.loads(line)["resourceSpans"]:
                 found += [span for scope in group["scopeSpans"] for span in scope["spans"]]
+    return found
+
+
+def spans(directory):
     return [
         span | {"attributes": {pair["key"]: next(iter(pair["value"].values())) for pair in span["attributes"]}}
-        for span in found
+        for span in raw_spans(directory)
     ]
 
 
@@ -152,6 +158,32 @@ async def test_a_client_that_leaves_at_the_last_piece_has_its_answer(tmp_path):
     assert all(span.get("status", {}).get("code", 0) != 2 for span in found)
     calls = [span.call for execution in read_executions([tmp_path]).executions for span in execution.calls]
     assert [(call.llm, call.input_tokens, call.output_tokens) for call in calls] == [("gen", 11, 3)] * 3
+
+
+async def test_headers_that_are_no_utf8_cost_nothing(tmp_path):
+    async with proxied(tmp_path) as (_, counts), client(counts) as user:
+        port = counts.url.rpartition(":")[2]
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(port))
+        body = json.dumps({"model": "gen", "messages": HELLO}).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: {len(body)}\r\n".encode()
+        head += b"Host: h\xe9te\r\nX-Scepsy-Workflow: caf\xe9\r\nX-Session-Id: s\xe9\r\nConnection: close\r\n\r\n"
+        writer.write(head + body)
+        assert (await reader.read()).startswith(b"HTTP/1.1 200")
+        writer.close()
+        await user.chat.completions.create(model="gen", messages=HELLO)
+    reading = read_executions([tmp_path])
+    assert sorted(execution.workflow for execution in reading.executions) == ["caf?", "unnamed"]
+    assert sum(len(execution.calls) for execution in reading.executions) == 2
+
+
+async def test_a_span_that_cannot_be_written_takes_no_other_with_it(tmp_path, caplog):
+    recorder = Recorder(TraceStore(tmp_path))
+    async with recorder.recording():
+        for name in ("one", "lone \udce9", "two"):
+            place = recorder._joiner.join({"x-session-id": "s"}, "", 1)
+            recorder.add(place, {"traceId": place.trace, "spanId": place.parent, "name": name}, 2)
+    assert [span["name"] for span in raw_spans(tmp_path) if span["name"] in ("one", "two")] == ["one", "two"]
+    assert "1 spans could not be written" in caplog.text
 
 
 async def test_conversations_are_executions(tmp_path):

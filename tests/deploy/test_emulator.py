@@ -86,6 +86,19 @@ async def test_a_stream_says_the_same_in_pieces(make_profile):
     assert chunks[0].choices[0].delta.role == "assistant"
 
 
+async def test_a_stream_tells_the_tokens_so_far_where_it_is_asked(make_profile):
+    """A reader that is late gets several tokens in one piece: only the counts tell."""
+    async with clients(make_profile()) as (client, _):
+        options = {"include_usage": True, "continuous_usage_stats": True}
+        ask = {"model": "m", "prompt": "a" * 8, "max_tokens": 30, "stream": True, "extra_body": {"ignore_eos": True}}
+        stream = await client.completions.create(**ask, stream_options=options)
+        counted = [chunk.usage.completion_tokens async for chunk in stream if chunk.choices]
+        plain = await client.completions.create(**ask)
+        assert {chunk.usage async for chunk in plain} == {None}
+    assert counted == sorted(set(counted))
+    assert (counted[0] >= 1, counted[-1]) == (True, 30)
+
+
 async def test_several_choices_differ(make_profile):
     async with clients(make_profile()) as (client, _):
         answer = await client.chat.completions.create(model="m", messages=HELLO, n=3, max_tokens=20)

@@ -16,7 +16,7 @@ import orjson
 from aiohttp import web
 
 from scepsy import semconv
-from scepsy.collect.joining import Group, Joiner, Membership
+from scepsy.collect.joining import Group, Joiner, Membership, readable
 from scepsy.collect.store import FullError, TraceStore
 from scepsy.collect.usage import AnswerReader
 from scepsy.deployment.upstream import Connection
@@ -65,7 +65,7 @@ class Recorder:
         now_ns = time.time_ns()
         place = self._joiner.join(request.headers, request.remote or "", now_ns)
         self.calls += 1
-        return RecordedCall(self, place, operation, request.host, content or {}, now_ns)
+        return RecordedCall(self, place, operation, readable(request.host), content or {}, now_ns)
 
     @contextlib.asynccontextmanager
     async def recording(self) -> AsyncIterator[None]:
@@ -75,8 +75,7 @@ class Recorder:
             yield
         finally:
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+            await asyncio.wait([task])
             self._close_executions(everything=True)
             await self._flush()
 
@@ -112,8 +111,23 @@ class Recorder:
         request = {"resourceSpans": [{"resource": {"attributes": self._resource}, "scopeSpans": [scope]}]}
         try:
             await self._store.write(orjson.dumps(request) + b"\n")
+        except orjson.JSONEncodeError as error:
+            # What one of them was told by its client or engine cannot be written: the others are.
+            kept = [span for span in spans if _is_writable(span)]
+            _logger.warning("%d spans could not be written: %s", len(spans) - len(kept), error)
+            if len(kept) < len(spans):
+                self._spans = kept + self._spans
+                await self._flush()
         except (OSError, FullError) as error:
             _logger.warning("%d spans could not be written to %s: %s", len(spans), self._store.directory, error)
+
+
+def _is_writable(span: Mapping[str, Any]) -> bool:
+    try:
+        orjson.dumps(span)
+    except orjson.JSONEncodeError:
+        return False
+    return True
 
 
 class RecordedCall:

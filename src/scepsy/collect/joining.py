@@ -114,13 +114,18 @@ class Joiner:
                 trace=secrets.token_hex(16),
                 root=secrets.token_hex(8),
                 joined_by=joined_by,
-                workflow=headers.get(WORKFLOW_HEADER, ""),
+                workflow=readable(headers.get(WORKFLOW_HEADER, "")),
                 gap_s=gap_s,
                 start_ns=now_ns,
                 end_ns=now_ns,
             )
         group.running += 1
         return Membership(trace=group.trace, parent=group.root, joined_by=joined_by, key=key)
+
+
+def readable(header: str) -> str:
+    """What a header says, as UTF-8 can hold it: bytes that are no UTF-8 have come as lone surrogates."""
+    return header.encode(errors="replace").decode()
 
 
 def _key(*parts: str) -> str:

@@ -41,6 +41,8 @@ class Generate:
     ignore_eos: bool
     stream: bool
     include_usage: bool
+    continuous_usage: bool
+    """Whether every piece of a stream tells the tokens so far, as vLLM's `continuous_usage_stats` asks."""
 
 
 def parse_chat(body: Mapping[str, Any], max_model_len: int) -> Generate:
@@ -78,6 +80,7 @@ def _generate(body: Mapping[str, Any], prompts: tuple[int, ...], limit: object, 
             f"min_tokens must be less than or equal to max_tokens={max_tokens}, got {min_tokens}.", param="min_tokens"
         )
     options = body.get("stream_options")
+    told: Mapping[str, Any] = options if isinstance(options, Mapping) else {}
     return Generate(
         prompts=prompts,
         choices=_integer(body.get("n"), "n", 1, least=1),
@@ -85,7 +88,8 @@ def _generate(body: Mapping[str, Any], prompts: tuple[int, ...], limit: object, 
         min_tokens=min_tokens,
         ignore_eos=bool(body.get("ignore_eos")),
         stream=bool(body.get("stream")),
-        include_usage=isinstance(options, Mapping) and bool(options.get("include_usage")),
+        include_usage=bool(told.get("include_usage")),
+        continuous_usage=bool(told.get("include_usage") and told.get("continuous_usage_stats")),
     )
 
 

@@ -217,6 +217,12 @@ class EmulatedServer:
             event = json.dumps({**head, "choices": choices, **extra}, ensure_ascii=False, separators=(",", ":"))
             await response.write(f"data: {event}\n\n".encode())
 
+        def so_far(prompt_tokens: int, sent: int) -> Mapping[str, Any]:
+            if not asked.continuous_usage:
+                return {}
+            counts = {"prompt_tokens": prompt_tokens, "completion_tokens": sent, "total_tokens": prompt_tokens + sent}
+            return {"usage": counts}
+
         async def follow(index: int) -> None:
             answer, generation = answers[index], generations[index]
             assert generation.streamed is not None  # noqa: S101 - it was submitted as streamed
@@ -227,7 +233,7 @@ class EmulatedServer:
                 # Tokens that came while the last ones were being sent go together, as from vLLM.
                 text, sent = "".join(answer[sent : generation.tokens]), generation.tokens
                 reason = reasons[index] if sent == len(answer) else None
-                await send([shape.delta(index, text, reason)], {})
+                await send([shape.delta(index, text, reason)], so_far(generation.prompt_tokens, sent))
 
         try:
             await response.prepare(request)
