@@ -1,4 +1,6 @@
 import asyncio
+import pickle
+import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
@@ -150,6 +152,27 @@ def test_a_task_that_outlives_its_workflow_still_belongs_to_it(recorded):
 
     asyncio.run(program())
     assert recorded.tree == [("invoke_workflow main", [("execute_tool work", [])])]
+
+
+def test_a_propagated_function_can_be_pickled_by_several_threads_at_once(recorded):
+    @scepsy.workflow
+    def main():
+        carried = propagate(len)
+        together = threading.Barrier(4, timeout=10)
+
+        def many(_):
+            together.wait()
+            return {pickle.dumps(carried) for _ in range(300)}
+
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            with ThreadPoolExecutor(4) as pool:
+                return set().union(*pool.map(many, range(4)))
+        finally:
+            sys.setswitchinterval(interval)
+
+    assert len(main()) == 1
 
 
 def test_a_process_started_with_a_traceparent_continues_it(recorded, monkeypatch):

@@ -252,6 +252,28 @@ async def test_async_generators_too(recorded):
     await generator.aclose()
 
 
+def test_the_event_loop_closes_a_generator_that_is_left_open_once(recorded):
+    told, closed, held = [], [], []
+
+    @scepsy.workflow
+    async def stream():
+        try:
+            yield 1
+        finally:
+            await asyncio.sleep(0.01)
+            closed.append(True)
+
+    async def main():
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["message"]))
+        held.append(stream())
+        await anext(held[0])
+
+    for _ in range(3):
+        asyncio.run(main())
+        held.clear()
+    assert (told, closed) == ([], [True] * 3)
+
+
 async def test_an_async_generator_may_be_driven_by_several_tasks(recorded):
     @scepsy.tool
     async def step(): ...

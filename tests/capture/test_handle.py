@@ -92,26 +92,57 @@ def test_what_is_noted_while_another_thread_asks_who_it_is_stays(recorded):
     assert {recorded.named("above").attributes[name] for name in ("early", "late")} == {2, 3}
 
 
+class _Waiting(SpanProcessor):
+    """Waits, for the first span, until it is told."""
+
+    def __init__(self):
+        self.reached, self.go_on = threading.Event(), threading.Event()
+
+    def on_start(self, span, parent_context=None):
+        if not self.reached.is_set():
+            self.reached.set()
+            self.go_on.wait(20)
+
+
+def test_what_a_processor_waits_for_may_be_captured(recorded):
+    """A processor of the program waits for a thread of it, which starts something else; or for a branch of the same."""
+    waiting = _Waiting()
+    recorded.provider.add_span_processor(waiting)
+    recorder = Recorder(recorded.provider)
+    step = recorder.start("step", "slow")
+    thread = threading.Thread(target=step.identify)
+    thread.start()
+    waiting.reached.wait(10)
+    begun_s = time.monotonic()
+    other = recorder.start("step", "other")
+    other.end()
+    assert time.monotonic() - begun_s < 0.5
+    recorder.start("step", "branch", parent=step).end()
+    assert time.monotonic() - begun_s < 10
+    waiting.go_on.set()
+    thread.join()
+    step.end()
+    assert {"other", "branch", "slow"} <= {span.name for span in recorded.spans}
+
+
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_fork_while_another_thread_is_at_it_can_go_on(recorded):
     """The thread that holds the lock is not there in the child."""
-    held, done = threading.Event(), threading.Event()
-
-    def hold():
-        with handle._identifying:
-            held.set()
-            done.wait(10)
-
-    thread = threading.Thread(target=hold)
+    waiting = _Waiting()
+    recorded.provider.add_span_processor(waiting)
+    recorder = Recorder(recorded.provider)
+    step = recorder.start("step", "above")
+    thread = threading.Thread(target=step.identify)
     thread.start()
-    held.wait(10)
+    waiting.reached.wait(10)
     child = os.fork()
     if child == 0:
-        step = Recorder(recorded.provider).start("step", "in the child")
-        step.end()
-        os._exit(0)
-    done.set()
+        begun_s = time.monotonic()
+        recorder.start("step", "in the child", parent=step).end()
+        os._exit(int(time.monotonic() - begun_s > 0.5))
+    waiting.go_on.set()
     thread.join()
+    step.end()
     deadline_s = time.monotonic() + 20
     while (found := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline_s:
         time.sleep(0.01)
@@ -119,3 +150,28 @@ def test_a_fork_while_another_thread_is_at_it_can_go_on(recorded):
         os.kill(child, 9)
         os.waitpid(child, 0)
     assert found == (child, 0)
+
+
+def test_only_the_handle_itself_ends(recorded):
+    """Frameworks may call two runs the same."""
+    recorder = Recorder(recorded.provider)
+    first = recorder.start("step", "first", key=1)
+    second = recorder.start("step", "second", key=1)
+    first.end()
+    second.end()
+    second.end()
+    assert [span.name for span in recorded.spans] == ["second"]
+
+
+def test_a_span_stays_where_it_began(recorded, tmp_path):
+    """Its tracer has started it; what comes later goes to the new place, below it."""
+    recorder, ended = Recorder(recorded.provider), []
+    step = recorder.start("step", "above")
+    step.identify()
+    recorder.use(sink=ended.append)
+    child = recorder.start("step", "below", parent=step)
+    child.end()
+    step.end()
+    assert [span.name for span in recorded.spans] == ["above"]
+    assert ended == [child]
+    assert (child.trace_id, child.parent_id) == (step.trace_id, step.span_id)

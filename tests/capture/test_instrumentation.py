@@ -1,8 +1,10 @@
+import asyncio
 import json
 import os
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
@@ -130,6 +132,54 @@ def test_the_destination_can_be_changed(tmp_path):
     scepsy.uninstrument()
     assert names(tmp_path / "one") == ["invoke_workflow main"]
     assert names(tmp_path / "two") == ["invoke_workflow main"] * 2
+
+
+def test_said_again_while_it_works_nothing_is_lost(tmp_path):
+    @scepsy.workflow
+    def main(): ...
+
+    made = threading.Event()
+    count = 0
+
+    def work():
+        nonlocal count
+        while not made.is_set():
+            main()
+            count += 1
+
+    scepsy.instrument(directory=tmp_path / "one")
+    thread = threading.Thread(target=work)
+    thread.start()
+    for _ in range(20):
+        scepsy.instrument(directory=tmp_path / "one")
+        scepsy.instrument()
+    for number in range(10):
+        scepsy.instrument(directory=tmp_path / f"{number % 2}")
+    made.set()
+    thread.join()
+    scepsy.uninstrument()
+    assert len(list((tmp_path / "one").iterdir())) == 1
+    written = sum(len(names(folder)) for folder in tmp_path.iterdir())
+    # One may be on its way from the recorder to a file that is closed meanwhile.
+    assert count - 10 <= written <= count
+
+
+async def test_two_threads_at_once_turn_it_on_once(tmp_path, recorded):
+    together = threading.Barrier(4, timeout=10)
+
+    def turn_on():
+        together.wait()
+        scepsy.instrument(directory=tmp_path, provider=recorded.provider)
+
+    scepsy.uninstrument()
+    await asyncio.gather(*(asyncio.to_thread(turn_on) for _ in range(4)))
+
+    @scepsy.workflow
+    def main(): ...
+
+    main()
+    scepsy.uninstrument()
+    assert names(tmp_path) == ["invoke_workflow main"]
 
 
 def test_opentelemetry_instrument_finds_the_hooks(tmp_path):

@@ -7,7 +7,7 @@ from opentelemetry.context import Context
 from opentelemetry.sdk.trace import TracerProvider
 
 import scepsy
-from scepsy.capture import Outcome, Recorder, harmless, recorder
+from scepsy.capture import Frame, Outcome, Recorder, harmless, recorder
 from scepsy.capture.safety import tell
 
 
@@ -27,6 +27,35 @@ def test_memory_stays_bounded_by_age(recorded):
     brief.start("step", "young")
     brief.sweep()
     assert [span.name for span in recorded.spans] == ["old"]
+
+
+def test_what_code_runs_in_or_something_is_open_below_is_not_swept(recorded):
+    small = Recorder(recorded.provider, limit=10, max_age_s=0.0)
+    running = small.start("workflow", "running")
+    frame = Frame(running)
+    above = small.start("step", "above")
+    leaves = [small.start("step", f"leaf {number}", parent=above) for number in range(30)]
+    assert (running.live, above.live) == (True, True)
+    assert sum(leaf.live for leaf in leaves) <= 8
+    for leaf in leaves:
+        leaf.end()
+    late = small.start("step", "late")
+    small.sweep()
+    assert (running.live, above.live, late.live) == (True, False, True)
+    frame.end()
+    late.end()
+    assert not small.open
+
+
+def test_where_nothing_may_be_swept_it_is_not_tried_at_every_start(recorded, monkeypatch):
+    small, swept = Recorder(recorded.provider, limit=10), []
+    sweep = small.sweep
+    monkeypatch.setattr(small, "sweep", lambda: swept.append(sweep()))
+    frames = [Frame(small.start("step", f"s{index}")) for index in range(500)]
+    assert len(small.open) == 500
+    assert len(swept) <= 2
+    for frame in frames:
+        frame.end()
 
 
 def test_a_late_end_of_what_was_swept_is_ignored(recorded):

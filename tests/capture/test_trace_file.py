@@ -342,3 +342,104 @@ def test_every_span_is_written_once_when_many_threads_end_them(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert len({span["spanId"] for span in spans(tmp_path)}) == len(spans(tmp_path)) == 4000
+
+
+def test_what_is_written_to_while_it_is_encoded_or_cannot_be_costs_nothing_else(tmp_path):
+    """The thread that writes lives on, and so do the other spans of the batch."""
+    done = run(
+        """
+        import logging, sys, time
+        import scepsy
+        from scepsy.capture import recorder, trace_file
+        logging.basicConfig()
+        trace_file.FLUSH_INTERVAL_S = 0.05
+        scepsy.instrument()
+        @scepsy.workflow
+        def work(): ...
+        work()
+        bad = recorder.start("step", "bad")
+        endless = []
+        endless.append(endless)
+        bad.attributes["endless"] = endless
+        bad.end()
+        work()
+        time.sleep(0.3)
+        work()
+        time.sleep(0.3)
+        """,
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [span["name"] for span in spans(tmp_path)] == ["invoke_workflow work"] * 3
+    assert done.stderr.count("capture failed in encoding a span (RecursionError)") == 1
+
+
+def test_what_the_garbage_collector_closes_in_the_thread_that_writes_ends_there(tmp_path):
+    """Wherever that thread is: a lock that it held then would be held for ever."""
+    done = run(
+        """
+        import gc, threading, time
+        import scepsy
+        from scepsy.capture import trace_file
+        trace_file.FLUSH_INTERVAL_S = 0.02
+        @scepsy.workflow
+        def stream():
+            yield 1
+        class Box: ...
+        def give_up():
+            box = Box()
+            box.itself, box.stream = box, stream()
+            next(box.stream)
+        gc.disable()
+        real = threading._allocate_lock
+        def allocate():
+            if threading.current_thread().name == "scepsy-trace-file":
+                gc.collect()
+            return real()
+        threading._allocate_lock = allocate
+        scepsy.instrument()
+        def use():
+            for _ in range(5):
+                give_up()
+                scepsy.workflow(lambda: None)()
+                time.sleep(0.1)
+        thread = threading.Thread(target=use, daemon=True)
+        thread.start()
+        thread.join(20)
+        assert not thread.is_alive()
+        gc.collect()
+        """,
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len([span for span in spans(tmp_path) if span["name"] == "invoke_workflow stream"]) == 5
+
+
+def test_what_is_open_at_the_end_of_the_program_is_written_as_abandoned(tmp_path):
+    done = run(
+        """
+        import atexit, threading, time
+        late = []
+        atexit.register(lambda: late[0]())
+        import scepsy
+        scepsy.instrument()
+        @scepsy.agent
+        def inner(): ...
+        @scepsy.workflow
+        def left():
+            inner()
+            threading.Event().wait()
+        @scepsy.workflow
+        def last(): ...
+        late.append(last)
+        threading.Thread(target=left, daemon=True).start()
+        time.sleep(0.3)
+        """,
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    found = {span["name"]: span for span in spans(tmp_path)}
+    assert sorted(found) == ["invoke_agent inner", "invoke_workflow last", "invoke_workflow left"]
+    assert found["invoke_agent inner"]["parentSpanId"] == found["invoke_workflow left"]["spanId"]
+    attributes = {pair["key"]: pair["value"] for pair in found["invoke_workflow left"]["attributes"]}
+    assert attributes["scepsy.outcome"] == {"stringValue": "abandoned"}

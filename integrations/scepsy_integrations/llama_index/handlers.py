@@ -12,7 +12,7 @@ import inspect
 import sys
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Final
 
 from llama_index_instrumentation import get_dispatcher
@@ -41,6 +41,7 @@ from scepsy.capture import (
     text_parts,
 )
 from scepsy.capture.content import Message
+from scepsy.capture.tasks import unguard
 from scepsy_integrations.llama_index.content import answer, said
 
 _UUID_LENGTH: Final = 36
@@ -53,8 +54,9 @@ _passed: Final[OrderedDict[str, Handle | None]] = OrderedDict()
 """Dispatcher spans without a span of their own, and the handle above each."""
 _calls: Final[OrderedDict[str, list[Handle]]] = OrderedDict()
 """The open calls of each dispatcher span, in the order of their starts."""
-_streams: Final[OrderedDict[str, Handle]] = OrderedDict()
-"""Calls whose dispatcher span has ended with a generator that sends its request when it is first read."""
+_streams: Final[OrderedDict[str, tuple[Handle, bool]]] = OrderedDict()
+"""Calls whose dispatcher span has ended with a generator that sends its request when it is first read, and whether that
+has begun."""
 
 
 class ScepsySpanHandler(BaseSpanHandler[BaseSpan]):
@@ -80,7 +82,7 @@ class ScepsySpanHandler(BaseSpanHandler[BaseSpan]):
             return
         ancestry = _ancestry(type(instance))  # type: ignore[arg-type] # mypy does not know that types are hashable
         if not ancestry.isdisjoint(_TRANSPARENT):
-            _bounded(_passed, id_, _first_open(parent_id) or _above(parent_id))
+            _bounded(_passed, id_, _or_reading(_first_open(parent_id) or _above(parent_id)))
             return
         above = _above(parent_id)
         name = id_[: -_UUID_LENGTH - 1]
@@ -108,14 +110,12 @@ class ScepsySpanHandler(BaseSpanHandler[BaseSpan]):
     ) -> None:
         """A dispatcher span has ended; a stream that it returns has not even begun."""
         _passed.pop(id_, None)
+        if id_ in _calls:
+            _pass_on(id_, result)
         handle = recorder.open.get(id_)
         if handle is not None and not _continues(handle, result):
             settle_task(handle)
             handle.end(outcome=_cancelled.pop(id_, None))
-        for call in _calls.get(id_, ()):
-            if call.live:
-                _bounded(_streams, id_, call)
-                weakref.finalize(result, _unread, id_).atexit = False
 
     @harmless
     def span_drop(
@@ -159,6 +159,18 @@ class ScepsyEventHandler(BaseEventHandler):
         react = _REACTIONS.get(type(event).__name__)
         if react is not None:
             react(event)
+
+
+@harmless
+def _pass_on(span_id: str, result: Any) -> None:
+    """A dispatcher span returns a stream: the task and the spans that made it may end before anybody reads it."""
+    if not isinstance(result, Iterator | AsyncIterator):
+        return
+    for call in _calls.get(span_id, ()):
+        if call.live:
+            weakref.finalize(result, _unread, span_id).atexit = False
+            _bounded(_streams, span_id, (call, False))
+            unguard(call)
 
 
 def _progressed(event: Any) -> None:
@@ -339,26 +351,33 @@ def _current() -> Handle | None:
         calls = [call for call in _calls.get(span_id, ()) if call.live]
         if calls:
             # Several batches of an embedding are opened before the first is sent; they are sent in their order.
-            return next((call for call in calls if call.accepting), calls[0])
-        found = _above(span_id)
-    else:
-        found = None
-    if _streams:
-        return _reading() or found
-    return found
+            return _or_reading(next((call for call in calls if call.accepting), calls[0]))
+        return _or_reading(_above(span_id))
+    return _or_reading(None)
+
+
+def _or_reading(found: Handle | None) -> Handle | None:
+    """What was found around the caller, unless a stream has begun to be read since then."""
+    call = _reading() if _streams else None
+    return call if call is not None and (found is None or call.start_ns > found.start_ns) else found
 
 
 def _reading() -> Handle | None:
     """The stream that is being read below the caller.
 
     Its request is sent by the generator's first step, when its dispatcher span is over: only the frame of LlamaIndex's
-    wrapper around the generator still knows which call it is.
+    wrapper around the generator still knows which call it is. The call starts with that step: whoever reads the stream
+    may have started after it was made, and is around it all the same.
     """
     frame = sys._getframe(2)  # noqa: SLF001 - the only way to the frames
     while frame is not None:
         if frame.f_code.co_name == "wrapped_gen":
-            call = _streams.get(frame.f_locals.get("span_id", ""))
+            span_id = frame.f_locals.get("span_id", "")
+            call, has_begun = _streams.get(span_id, (None, False))
             if call is not None and call.live:
+                if not has_begun:
+                    _streams[span_id] = (call, True)
+                    call.restart(call.name, now_ns())
                 return call
         frame = frame.f_back  # type: ignore[assignment] # None ends the loop
     return None

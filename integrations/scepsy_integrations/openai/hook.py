@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Final
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 from scepsy import semconv
 from scepsy.capture import (
@@ -308,7 +308,15 @@ def instrument_client(client: object) -> Callable[[], None] | None:
             vars(clone).get(_OF_CLIENT, _nothing)()
 
     vars(client)[_OF_CLIENT] = undo
-    return undo
+    # Whoever keeps the result does not keep the client: some programs make one for every request.
+    known = ref(client)
+
+    def undo_if_there() -> None:
+        living = known()
+        if living is not None:
+            vars(living).get(_OF_CLIENT, _nothing)()
+
+    return undo_if_there
 
 
 def _nothing() -> None:

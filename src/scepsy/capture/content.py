@@ -6,7 +6,10 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
+from opentelemetry import context as context_api
+
 from scepsy.capture.handle import Handle
+from scepsy.capture.recorder import SUPPRESS_KEY
 from scepsy.capture.safety import harmless
 from scepsy.capture.settings import settings
 
@@ -25,9 +28,18 @@ def note_content(handle: Handle, key: str, messages: Callable[[], Iterable[Messa
     """
     if not settings.record_content:
         return
-    said = [{**one, "parts": [kept for part in one["parts"] if (kept := _redacted(part))]} for one in messages()]
+    # What redaction itself does is not recorded: it may ask a model, whose prompt would be redacted, and so on.
+    token = context_api.attach(context_api.set_value(SUPPRESS_KEY, value=True))
+    try:
+        said = _said(messages)
+    finally:
+        context_api.detach(token)
     if said:
         handle.attributes[key] = json.dumps(said, ensure_ascii=False)
+
+
+def _said(messages: Callable[[], Iterable[Message]]) -> list[Message]:
+    return [{**one, "parts": [kept for part in one["parts"] if (kept := _redacted(part))]} for one in messages()]
 
 
 def _redacted(part: Part) -> Part | None:

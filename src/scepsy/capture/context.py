@@ -33,7 +33,7 @@ class Propagated(Generic[P, R]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A context cannot be sent to another process; the identity of its span can."""
-        return _continue, (self._function, self._context.run(_headers))
+        return _continue, (self._function, self._context.copy().run(_headers))
 
 
 def _headers() -> dict[str, str]:

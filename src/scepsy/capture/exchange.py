@@ -6,11 +6,24 @@ with the interval of the request, not of the framework's wrapping. Otherwise the
 
 from __future__ import annotations
 
+import os
+import threading
 from typing import Any
 
 from scepsy import semconv
 from scepsy.capture.handle import Attribute, Handle, Outcome, how_ended, now_ns
 from scepsy.capture.recorder import Recorder
+
+_claiming = threading.RLock()
+
+
+def _after_fork_in_child() -> None:
+    global _claiming
+    _claiming = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 class Exchange:
@@ -55,9 +68,14 @@ class Exchange:
         around, outer = recorder.around()
         if around is not None and around.kind == semconv.KIND_LLM:
             earlier = around.exchange
-            if around.accepting:
-                exchange = cls(around, owned=False)
-                around.exchange = exchange
+            claim = cls(around, owned=False)
+            # Of two requests in threads below one call the first is the call's.
+            with _claiming:
+                is_first = around.accepting
+                if is_first:
+                    around.exchange = claim
+            if is_first:
+                exchange = claim
                 around.restart(f"{operation} {model}".rstrip(), exchange.start_ns)
             elif isinstance(earlier, cls) and earlier.failed and around.first_ns is None:
                 exchange = earlier
@@ -174,7 +192,7 @@ class Exchange:
 
     def note(self, key: str, value: Attribute | None) -> None:
         """Record what the server said, unless it said nothing."""
-        if value is not None:
+        if value is not None and self.handle.live:
             self.handle.attributes[key] = value
 
 

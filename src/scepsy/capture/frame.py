@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Generator
+import sys
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from typing import Any, ParamSpec
 
 from opentelemetry import context as context_api
@@ -26,6 +27,8 @@ class Frame:
     __slots__ = ("_resumed", "_token", "handles", "left_ns")
 
     def __init__(self, handle: Handle | None) -> None:
+        if handle is not None:
+            handle.held = True
         self.handles: list[Handle] = [] if handle is None else [handle]
         """The handle, and those around it that end together with it."""
         self.left_ns: int | None = None
@@ -100,6 +103,16 @@ def generator_steps(
     return run
 
 
+def _first_of(generator: AsyncGenerator[Any, Any]) -> Awaitable[Any]:
+    """Its first step, of which the event loop does not hear: that would close it beside the generator around it."""
+    hooks = sys.get_asyncgen_hooks()
+    sys.set_asyncgen_hooks(None, None)
+    try:
+        return anext(generator)
+    finally:
+        sys.set_asyncgen_hooks(*hooks)
+
+
 def async_generator_steps(
     begin: Callable[P, tuple[Frame, AsyncGenerator[Any, Any]]],
 ) -> Callable[P, AsyncGenerator[Any, Any]]:
@@ -109,7 +122,7 @@ def async_generator_steps(
         frame, generator = begin(*args, **kwargs)
         frame.enter()
         try:
-            item = await anext(generator)
+            item = await _first_of(generator)
             while True:
                 frame.suspend()
                 try:

@@ -54,14 +54,14 @@ _CLOCK_OFFSET_NS: Final = clock_offset_ns()
 _ids: Final = random.Random()  # noqa: S311 - ids are no secrets
 _keys: Final = itertools.count()
 _SAMPLED: Final = TraceFlags(TraceFlags.SAMPLED)
-# Branches in threads of their own ask at the same moment who the step above them is. One lock for all handles: each
-# takes it once, and for a chain of them it is taken from below to above.
-_identifying = threading.RLock()
+# Branches in threads of their own ask at the same moment who the step above them is. Each handle has a lock of its own,
+# since the program's span processors run under it; they may wait for whatever they like, so patience ends as well.
+_identifying: Final[dict[int, threading.RLock]] = {}
+_PATIENCE_S: Final = 1.0
 
 
 def _after_fork_in_child() -> None:
-    global _identifying
-    _identifying = threading.RLock()
+    _identifying.clear()  # the threads that hold them are not in this process
     _ids.seed()
 
 
@@ -102,7 +102,7 @@ class Handle:
     """
 
     __slots__ = (
-        "_context", "_given", "_span", "attributes", "end_ns", "exchange", "failed", "first_ns", "key", "kind",
+        "_context", "_given", "_span", "attributes", "end_ns", "exchange", "failed", "first_ns", "held", "key", "kind",
         "last_ns", "live", "name", "outer", "parent", "parent_id", "recorder", "role", "span_id", "start_ns",
         "trace_id",
     )  # fmt: skip
@@ -132,6 +132,8 @@ class Handle:
         self.end_ns = 0
         self.live = True
         self.failed = False
+        self.held = False
+        """Whether code is running below it that will end it, however long that takes."""
         self.first_ns: int | None = None
         """When the first piece of a streamed answer came."""
         self.last_ns: int | None = None
@@ -148,9 +150,16 @@ class Handle:
 
     def identify(self) -> None:
         """Give it its identity, and with a tracer its span, unless it has them."""
-        if not self.span_id:
-            with _identifying:
-                self._identify()
+        if self.span_id:
+            return
+        lock = _identifying.setdefault(id(self), threading.RLock())
+        is_held = lock.acquire(timeout=_PATIENCE_S)
+        try:
+            self._identify()
+        finally:
+            if is_held:
+                lock.release()
+            _identifying.pop(id(self), None)
 
     def _identify(self) -> None:
         if self.span_id:
@@ -187,11 +196,9 @@ class Handle:
     @property
     def span(self) -> Span:
         """Its OpenTelemetry span; without a tracer, one that only identifies it."""
+        self.identify()
         if self._span is None:
-            with _identifying:
-                self._identify()
-                if self._span is None:
-                    self._span = _Identified(self.trace_id, self.span_id)
+            self._span = _Identified(self.trace_id, self.span_id)
         return self._span
 
     @property
@@ -243,7 +250,9 @@ class Handle:
         quote a prompt.
         """
         self.live = False
-        if self.recorder.open.pop(self.key, None) is None:
+        still_open = self.recorder.open
+        # Frameworks may call two runs the same.
+        if still_open.get(self.key) is not self or still_open.pop(self.key, None) is None:
             return
         self.exchange = None  # which refers back: together they would wait for the garbage collector
         attributes = self.attributes
@@ -257,10 +266,9 @@ class Handle:
             attributes[semconv.REQUEST_STREAM] = True
         self.end_ns = now_ns() if end_ns is None else max(end_ns, self.start_ns)
         self.identify()
-        recorder = self.recorder
-        if recorder.tracer is None:
-            recorder.sink(self)
-        elif self._span is not None:
+        if self._span is None or isinstance(self._span, _Identified):
+            self.recorder.sink(self)
+        else:  # a span stays with the tracer that has started it, wherever the next ones go
             given = self._given
             later = {name: value for name, value in attributes.items() if given.get(name) != value}
             if later:
@@ -273,7 +281,7 @@ class Handle:
         """The W3C headers that make a server's spans children of this one."""
         # What OpenTelemetry's propagator writes, without the two contexts that it would be given to read it from.
         self.identify()
-        if self.recorder.tracer is None:
+        if self._span is None or isinstance(self._span, _Identified):
             return {"traceparent": f"00-{self.trace_id:032x}-{self.span_id:016x}-01"}
         identity = self.span.get_span_context()
         if not identity.is_valid:

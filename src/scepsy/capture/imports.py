@@ -34,8 +34,7 @@ def no_longer(module: str, action: Callable[[], None]) -> None:
         actions.remove(action)
     if not actions:
         _waiting.pop(module, None)
-    if not _waiting and _finder in sys.meta_path:
-        sys.meta_path.remove(_finder)
+    _leave_if_idle()
 
 
 class FrameworkHook:
@@ -100,8 +99,13 @@ class _Finder(MetaPathFinder):
 _finder: Final = _Finder()
 
 
+def _leave_if_idle() -> None:
+    if not _waiting and _finder in sys.meta_path:
+        # A new list: an import of another thread, which goes through the old one, would miss a finder.
+        sys.meta_path = [finder for finder in sys.meta_path if finder is not _finder]
+
+
 def _act(module: str) -> None:
     for action in _waiting.pop(module, []):
         harmless(action)()
-    if not _waiting and _finder in sys.meta_path:
-        sys.meta_path.remove(_finder)
+    _leave_if_idle()

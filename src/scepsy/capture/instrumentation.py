@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Final, Protocol
+from weakref import WeakKeyDictionary
 
 from opentelemetry import trace
 from opentelemetry.trace import TracerProvider
@@ -42,10 +44,12 @@ class _State:
     threads: bool = False
     trace_file: Any = None
     instrumentors: list[Instrumentor] = field(default_factory=list)
-    undo_clients: list[Callable[[], None]] = field(default_factory=list)
+    destination: tuple[Path | None, object] = (None, None)
+    undo_clients: WeakKeyDictionary[object, Callable[[], None]] = field(default_factory=WeakKeyDictionary)
 
 
 _state = _State()
+_turning: Final = threading.RLock()
 
 
 def instrument(
@@ -76,6 +80,19 @@ def instrument(
 
     Raises ScepsyError if the directory cannot be written or the client is of no supported kind.
     """
+    with _turning:
+        _instrument(client, directory, provider, threads, record_content, redact, include_usage)
+
+
+def _instrument(
+    client: object | None,
+    directory: str | os.PathLike[str] | None,
+    provider: TracerProvider | None,
+    threads: bool,  # noqa: FBT001 - as in `instrument`
+    record_content: bool | None,  # noqa: FBT001 - likewise
+    redact: Redact | None,
+    include_usage: bool | None,  # noqa: FBT001 - likewise
+) -> None:
     if directory is not None or provider is not None or not _state.destination_chosen:
         _choose_destination(None if directory is None else Path(directory), provider)
     if record_content is not None:
@@ -104,12 +121,17 @@ def instrument(
 
 def uninstrument() -> None:
     """Turn every hook off, restore what they changed, and write the spans that wait."""
+    with _turning:
+        _uninstrument()
+
+
+def _uninstrument() -> None:
     for hook in _state.instrumentors:
         try:
             hook.uninstrument()
         except Exception as error:  # noqa: BLE001 - the others are still to be undone
             tell(f"undoing {type(hook).__module__}", error)
-    for undo in _state.undo_clients:
+    for undo in list(_state.undo_clients.values()):
         undo()
     _state.instrumentors.clear()
     _state.undo_clients.clear()
@@ -136,30 +158,34 @@ def _instrument_client(client: object) -> None:
         wrap = getattr(point.load(), "instrument_client", None)
         undo = None if wrap is None else wrap(client)
         if undo is not None:
-            _state.undo_clients.append(undo)
+            _state.undo_clients.setdefault(client, undo)
             return
     kind = f"{type(client).__module__}.{type(client).__qualname__}"
     raise ScepsyError(f"{kind} is not a client that Scepsy can instrument; pass an openai.OpenAI or openai.AsyncOpenAI")
 
 
 def _choose_destination(directory: Path | None, provider: TracerProvider | None) -> None:
-    _leave_destination()
+    recorder.adopt_environment()
     known: Any = provider or _provider_of_application()
+    destination = (None if directory is None else directory.absolute(), known)
+    if _state.destination_chosen and destination == _state.destination:
+        return
+    before, file = _state.trace_file, None
     if known is None or directory is not None:
         from scepsy.capture.pools import flush_at_exit_of_workers
         from scepsy.capture.trace_file import TraceFile
 
-        flush_at_exit_of_workers()
         file = TraceFile(directory or Path(os.environ.get(TRACES_VARIABLE) or DEFAULT_DIRECTORY))
-        _state.trace_file = file
-        if known is None:
-            recorder.use(sink=file.on_end)
-        else:
+        flush_at_exit_of_workers()
+        if known is not None:
             known.add_span_processor(file)
+    # The new place is there before the old one goes: what ends meanwhile is not lost.
     if known is not None:
         recorder.use(known)
-    recorder.adopt_environment()
-    _state.destination_chosen = True
+    elif file is not None:
+        recorder.use(sink=file.on_end)
+    _state.trace_file, _state.destination, _state.destination_chosen = file, destination, True
+    _close(before)
 
 
 def _provider_of_application() -> TracerProvider | None:
@@ -169,11 +195,18 @@ def _provider_of_application() -> TracerProvider | None:
 
 
 def _leave_destination() -> None:
-    if _state.trace_file is not None:
+    before, _state.trace_file = _state.trace_file, None
+    _state.destination_chosen = False
+    recorder.use()
+    _close(before)
+
+
+def _close(file: Any) -> None:
+    """Write what waits for a file that is used no more."""
+    if file is None:
+        return
+    file.shutdown()
+    if _state.trace_file is None:
         from scepsy.capture.pools import restore_workers
 
         restore_workers()
-        _state.trace_file.shutdown()
-    _state.trace_file = None
-    _state.destination_chosen = False
-    recorder.use()

@@ -13,6 +13,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from scepsy import semconv
 from scepsy.capture.handle import Attribute, Handle
 from scepsy.capture.recorder import SCOPE
+from scepsy.capture.safety import tell
 
 _INTERNAL, _CLIENT = 1, 3
 _REMOTE_PARENT: Final = 0x300
@@ -26,21 +27,27 @@ def encode_request(
 ) -> bytes:
     """One `ExportTraceServiceRequest` as a line; `process` is added to the attributes of each resource.
 
-    Handles become spans of the resource `own`. Of spans that Scepsy did not make only the
-    skeleton is written (name, ids, times): they may hold prompts.
+    Handles become spans of the resource `own`. Of spans that Scepsy did not make only the skeleton is written (name,
+    ids, times): they may hold prompts. One that cannot be written is left out, with one line in the log.
     """
     spans: dict[tuple[int, str], tuple[Resource, str, list[str]]] = {}
     handles = []
     for item in items:
         if isinstance(item, Handle):
-            handles.append(_handle(item))
+            try:
+                handles.append(_handle(item))
+            except Exception as error:  # noqa: BLE001 - one that cannot be written must not take the others with it
+                tell("encoding a span", error)
             continue
         scope = item.instrumentation_scope
         name = "" if scope is None else scope.name
         group = spans.setdefault(
             (id(item.resource), name), (item.resource, "" if scope is None else scope.version or "", [])
         )
-        group[2].append(json.dumps(_span(item, whole=name == SCOPE), separators=(",", ":")))
+        try:
+            group[2].append(json.dumps(_span(item, whole=name == SCOPE), separators=(",", ":")))
+        except Exception as error:  # noqa: BLE001 - likewise
+            tell("encoding a span", error)
     parts = [
         _resource(resource, process, name, version, group) for (_, name), (resource, version, group) in spans.items()
     ]
@@ -70,7 +77,8 @@ def _handle(handle: Handle) -> str:
             else f'{{"key":"{key}","value":{{"intValue":"{value}"}}}}'
             if type(value) is int
             else f'{{"key":"{key}","value":{json.dumps(_value(value))}}}'
-            for key, value in handle.attributes.items()
+            # A copy: a call that was given up may still be told something.
+            for key, value in dict(handle.attributes).items()
         ]
     )
     return (

@@ -8,7 +8,7 @@ all of them are its ancestors.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from typing import Any, Final
 
@@ -36,7 +36,7 @@ SCOPE: Final = "scepsy"
 """Name of the instrumentation scope of every span that Scepsy makes."""
 
 # OpenTelemetry's own switch, by which exporters and users mute instrumentation for a while.
-_SUPPRESS_KEY: Final[str] = getattr(context_api, "_SUPPRESS_INSTRUMENTATION_KEY", "suppress_instrumentation")
+SUPPRESS_KEY: Final[str] = getattr(context_api, "_SUPPRESS_INSTRUMENTATION_KEY", "suppress_instrumentation")
 
 _OPERATIONS: Final = {
     semconv.KIND_WORKFLOW: (semconv.INVOKE_WORKFLOW, semconv.WORKFLOW_NAME),
@@ -49,7 +49,7 @@ class Recorder:
     """All that is running in this process, and where its spans go.
 
     `limit` and `max_age_s` bound what is remembered of calls whose end never comes: the oldest are then ended and
-    marked as abandoned.
+    marked as abandoned. What has something open below it, or code running in it, is not among them.
     """
 
     def __init__(
@@ -65,6 +65,8 @@ class Recorder:
         self.tracer: Tracer | None = None
         self.sink: Sink = _nowhere
         self._until_sweep = 1024
+        self._is_full = False
+        """Whether more than `limit` are open, none of which may be ended."""
         self.use(provider)
 
     def use(self, provider: TracerProvider | None = None, *, sink: Sink | None = None) -> None:
@@ -179,7 +181,7 @@ class Recorder:
         )
         self.open[handle.key] = handle
         self._until_sweep -= 1
-        if self._until_sweep <= 0 or len(self.open) > self.limit:
+        if self._until_sweep <= 0 or (len(self.open) > self.limit and not self._is_full):
             self.sweep()
         return handle
 
@@ -187,14 +189,32 @@ class Recorder:
         """End, as abandoned, the oldest open handles beyond the limits."""
         self._until_sweep = 1024
         oldest_ns = now_ns() - int(self.max_age_s * 1e9)
-        for handle in list(self.open.values()):
-            if len(self.open) <= self.limit and handle.start_ns > oldest_ns:
-                break
-            handle.end(outcome=Outcome.ABANDONED, end_ns=handle.last_ns)
+        handles = list(self.open.values())
+        # Looking through all of them takes long: it makes room for more than one.
+        enough = self.limit - self.limit // 100 if len(handles) > self.limit else self.limit
+        if len(handles) > enough or (handles and handles[0].start_ns <= oldest_ns):
+            needed = _ancestors(handles)
+            for handle in handles[:-1]:  # the last has only just begun
+                if len(self.open) <= enough and handle.start_ns > oldest_ns:
+                    break
+                if not handle.held and id(handle) not in needed:
+                    handle.end(outcome=Outcome.ABANDONED, end_ns=handle.last_ns)
+        self._is_full = len(self.open) > self.limit
 
     def forget(self) -> None:
         """Let go of everything open without ending it: it belongs to the process that this one was forked from."""
         self.open.clear()
+
+
+def _ancestors(handles: Iterable[Handle]) -> set[int]:
+    """The identities of everything above these."""
+    found: set[int] = set()
+    for handle in handles:
+        above = handle.parent
+        while above is not None and id(above) not in found:
+            found.add(id(above))
+            above = above.parent
+    return found
 
 
 def _nowhere(handle: Handle) -> None:
@@ -218,7 +238,7 @@ def _nearest_live(handle: Handle | None) -> Handle | None:
 
 def muted() -> bool:
     """Whether instrumentation is muted in the current OpenTelemetry context."""
-    return bool(current_context().get(_SUPPRESS_KEY))
+    return bool(current_context().get(SUPPRESS_KEY))
 
 
 recorder: Final = Recorder()

@@ -8,8 +8,8 @@ from typing import Any, Final
 from scepsy.capture.handle import Handle, Outcome
 from scepsy.capture.safety import harmless
 
-_guarded: Final[dict[asyncio.Task[Any], set[Handle]]] = {}
-"""The calls that each unfinished task has opened."""
+_guarded: Final[dict[asyncio.AbstractEventLoop, dict[asyncio.Task[Any], set[Handle]]]] = {}
+"""The calls that each unfinished task has opened, by the event loop that runs the task."""
 
 
 def current_task() -> asyncio.Task[Any] | None:
@@ -23,9 +23,14 @@ def guard_task(handle: Handle) -> None:
     task = current_task()
     if task is None:
         return
-    handles = _guarded.get(task)
+    loop = task.get_loop()
+    tasks = _guarded.get(loop)
+    if tasks is None:
+        _let_go_of_closed_loops()
+        tasks = _guarded[loop] = {}
+    handles = tasks.get(task)
     if handles is None:
-        handles = _guarded[task] = set()
+        handles = tasks[task] = set()
         task.add_done_callback(_finished)
     elif len(handles) > _TIDY_AT:
         handles.difference_update([known for known in handles if not known.live])
@@ -35,18 +40,39 @@ def guard_task(handle: Handle) -> None:
 _TIDY_AT: Final = 64
 
 
+def unguard(handle: Handle) -> None:
+    """The current task has opened `handle` and passes it on: whoever goes on with it will tell its end."""
+    guarded = _opened_here()
+    if guarded:
+        guarded.discard(handle)
+
+
 @harmless
 def _finished(task: asyncio.Task[Any]) -> None:
-    for handle in _guarded.pop(task, ()):
+    loop = task.get_loop()
+    tasks = _guarded.get(loop, {})
+    handles = tasks.pop(task, ())
+    if not tasks:
+        _guarded.pop(loop, None)
+    for handle in handles:
         _cancel(handle)
+
+
+@harmless
+def _let_go_of_closed_loops() -> None:
+    """The tasks of a loop that was closed go no further, and nobody is told that they have finished."""
+    for loop in list(_guarded):  # loops come and go in other threads
+        if loop.is_closed():
+            for handles in _guarded.pop(loop, {}).values():
+                for handle in handles:
+                    _cancel(handle)
 
 
 def settle_task(parent: Handle) -> None:
     """`parent` ends in the current task: calls below it that this very task was waiting for are over as well."""
     if not _guarded:
         return
-    task = current_task()
-    guarded = None if task is None else _guarded.get(task)
+    guarded = _opened_here()
     if not guarded:
         return
     for handle in list(guarded):
@@ -57,9 +83,15 @@ def settle_task(parent: Handle) -> None:
             _cancel(handle)
 
 
+def _opened_here() -> set[Handle] | None:
+    """The calls that the current task has opened."""
+    task = current_task()
+    return None if task is None else _guarded.get(task.get_loop(), {}).get(task)
+
+
 def _cancel(handle: Handle) -> None:
     # A stream is not what its task waits for: whoever reads it may be elsewhere, and will tell.
-    if handle.first_ns is None:
+    if handle.live and handle.first_ns is None:
         handle.end(outcome=Outcome.CANCELLED)
 
 

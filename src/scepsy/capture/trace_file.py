@@ -15,15 +15,17 @@ import time
 import weakref
 from collections import deque
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Final
 
 from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor
 
-from scepsy.capture.handle import Handle
+from scepsy.capture.handle import Handle, Outcome
 from scepsy.capture.otlp_json import encode_request
-from scepsy.capture.safety import logger, tell
+from scepsy.capture.recorder import recorder
+from scepsy.capture.safety import harmless, logger, tell
 from scepsy_optimizer.errors import ScepsyError
 
 FLUSH_INTERVAL_S: Final = 0.5
@@ -57,7 +59,9 @@ class TraceFile(SpanProcessor):
         self._waiting: deque[ReadableSpan | Handle] = deque()
         self._dropped = 0
         self._write_lock = threading.Lock()
-        self._wake = threading.Event()
+        # Not an event: that holds a lock while it makes another, and what the garbage collector closes then ends spans.
+        self._wake: SimpleQueue[None] = SimpleQueue()
+        self._is_woken = False
         self._stopped = False
         self._thread: threading.Thread | None = None
         self._thread_lock = threading.Lock()
@@ -79,23 +83,26 @@ class TraceFile(SpanProcessor):
             self._dropped += 1
             return
         self._waiting.append(span)
-        if not self._wake.is_set():
-            self._wake.set()
-            if self._thread is None:
+        if _exiting.is_set():
+            self.force_flush()
+        elif not self._is_woken:
+            self._is_woken = True
+            self._wake.put(None)
+            if self._thread is None or not self._thread.is_alive():
                 self._start_thread()
 
     def _start_thread(self) -> None:
         with self._thread_lock:
-            if self._thread is None and not self._stopped:
+            if (self._thread is None or not self._thread.is_alive()) and not self._stopped:
                 self._thread = threading.Thread(target=self._work, name="scepsy-trace-file", daemon=True)
                 self._thread.start()
 
     def _work(self) -> None:
         while not self._stopped:
-            self._wake.wait()
+            self._wake.get()
             if not self._stopped:
                 time.sleep(FLUSH_INTERVAL_S)
-            self._wake.clear()
+            self._is_woken = False
             self.force_flush()
 
     def force_flush(self, timeout_millis: int = 30000) -> bool:  # noqa: ARG002 - the processor interface has it
@@ -114,7 +121,7 @@ class TraceFile(SpanProcessor):
                 if self._descriptor is None:
                     self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
                 append_whole(self._descriptor, line)
-            except (OSError, ValueError, TypeError) as error:
+            except Exception as error:  # noqa: BLE001 - the thread that writes must live on, whatever it was
                 tell(f"writing spans to {self.path}", error)
                 return False
             return True
@@ -122,7 +129,7 @@ class TraceFile(SpanProcessor):
     def shutdown(self) -> None:
         """Write what is queued and close the file."""
         self._stopped = True
-        self._wake.set()
+        self._wake.put(None)
         self.force_flush()
         with self._write_lock:
             if self._descriptor is not None:
@@ -165,7 +172,18 @@ def _flush_at_exit_of_child(flush: Any) -> None:
     Finalize(None, flush, exitpriority=0)
 
 
-atexit.register(flush_all)
+_exiting: Final = threading.Event()
+"""This process is about to end: what ends now is written at once."""
+
+
+def _at_exit() -> None:
+    _exiting.set()
+    for handle in reversed(list(recorder.open.values())):
+        handle.end(outcome=Outcome.ABANDONED)
+    flush_all()
+
+
+atexit.register(harmless(_at_exit))
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
 
