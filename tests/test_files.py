@@ -2,10 +2,12 @@
 
 import json
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import yaml
 
+import scepsy.profiling
 from scepsy.files import load_cluster, load_plan, load_profile, save_cluster, save_plan, save_profile
 from scepsy_optimizer.allocation import Choice
 from scepsy_optimizer.cluster import parse_cluster
@@ -73,6 +75,14 @@ def test_json_is_read_as_well(tmp_path, plan):
         ("batch_sizes: [1, 32]", "batch_sizes: [32, 1]", "batch_sizes must be ascending"),
         ("[0.006, 0.0063]", "[0.0063, 0.006]", "never fall with batch"),
         ("kv_bytes_per_token: ", "kv_bytes_per_token: 0.0 # ", "kv_bytes_per_token must be positive"),
+        ("[0.006, 0.0063]", "[0.006, .nan]", "step times at tensor_parallel_size 1: decode_s has nan"),
+        ("overhead_gib: ", "overhead_gib: .nan # ", "overhead_gib must be finite and at least 0, got nan"),
+        (
+            "device_memory_gib: ",
+            "device_memory_gib: .inf # ",
+            "'generator' on H100: device_memory_gib must be positive",
+        ),
+        ("max_num_seqs: ", "max_num_seqs: 0 # ", "profile of 'generator' on H100: max_num_seqs must be at least 1"),
         ("prefill_beta: ", "prefill_beta: -1 # ", "a fraction of a device is never faster"),
         ("large_batch: ", "large_batch: 8 # ", "small_batch 32 must be below large_batch 8"),
         ("scepsy-profile/1", "scepsy-plan/1", "is a plan file; expected a profile file, as scepsy profile writes it"),
@@ -110,3 +120,32 @@ def test_what_a_plan_promises_is_checked_on_load(tmp_path, plan):
     (tmp_path / "plan.yaml").write_text(text.replace("replicas: 3", "replicas: 2"))
     with pytest.raises(ScepsyError, match=r"plan.yaml: plan: 'generator' has 2 replicas but 3 slots"):
         load_plan(tmp_path / "plan.yaml")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        (
+            "- node: node0",
+            "- node: other",
+            "'generator' replica 0: the cluster has no node 'other', it has node0, node1",
+        ),
+        ("devices: [0]", "devices: [7]", "replica 0: node 'node0' has 2 devices from 0 on, no number 7"),
+        ("gpu_memory_utilization: ", "gpu_memory_utilization: .nan # ", "'generator' has gpu_memory_utilization nan"),
+        ("replica_rps: ", "replica_rps: .nan # ", "plan: 'generator' has replica_rps nan; it must be finite"),
+    ],
+)
+def test_a_plan_file_names_devices_that_there_are(tmp_path, plan, old, new, told):
+    save_plan(plan, tmp_path / "plan.yaml")
+    text = (tmp_path / "plan.yaml").read_text()
+    assert old in text
+    (tmp_path / "plan.yaml").write_text(text.replace(old, new, 1))
+    with pytest.raises(ScepsyError) as caught:
+        load_plan(tmp_path / "plan.yaml")
+    assert str(caught.value).startswith(f"{tmp_path / 'plan.yaml'}: plan: ")
+    assert told in str(caught.value)
+
+
+def test_every_shipped_profile_is_read():
+    files = sorted((Path(scepsy.profiling.__file__).parent / "profiles").glob("*.yaml"))
+    assert [load_profile(file).llm for file in files] == [file.stem.removesuffix("_h100") for file in files] != []

@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.eviction import evict_devices, evict_share
 from scepsy_optimizer.free_devices import Floats, FreeDevices, Replica
 from scepsy_optimizer.packing import pack
-from scepsy_optimizer.plan import LLMPlan, Plan, Slot, exact_fraction
+from scepsy_optimizer.plan import LLMPlan, Plan, Slot, exact_fraction, unknown_devices
 
 
 def place(
@@ -322,41 +322,59 @@ def check_placement(plan: Plan) -> list[str]:
     fast-link domain, no device given out more than once in whole or beyond its whole in fractions, in compute and in
     memory.
     """
-    nodes = {node.name: node for node in plan.cluster.nodes}
+    return [*unknown_devices(plan), *_misplaced(plan), *_across_domains(plan), *_given_out_twice(plan)]
+
+
+def require_placed(plan: Plan) -> None:
+    """Raise ScepsyError where a plan's replicas cannot have what it gives them: then nothing it says of them holds.
+
+    A group across fast-link domains is let be, as it runs: that is how its slower steps are measured.
+    """
+    wrong = [*unknown_devices(plan), *_misplaced(plan), *_given_out_twice(plan)]
+    if wrong:
+        more = f" (and {len(wrong) - 1} more, see scepsy plan show)" if len(wrong) > 1 else ""
+        raise ScepsyError(f"plan: {wrong[0]}{more}; correct its slots, or plan anew with scepsy optimize")
+
+
+def _misplaced(plan: Plan) -> list[str]:
+    types = {node.name: node.device_type for node in plan.cluster.nodes}
+    wrong = []
+    for where, part, slot in _replicas(plan):
+        if len(set(slot.devices)) != len(slot.devices):
+            wrong.append(f"{where}: names a device twice")
+        if (part.device_type or plan.cluster.device_type) != types[slot.node]:
+            planned = part.device_type or "no device type"
+            wrong.append(f"{where}: planned for {planned}, node {slot.node!r} has {types[slot.node]}")
+    return wrong
+
+
+def _across_domains(plan: Plan) -> list[str]:
     domain_of = {
         (node.name, device): number
         for node in plan.cluster.nodes
         for number, domain in enumerate(node.nvlink_domains)
         for device in domain
     }
-    used: dict[tuple[str, int], Fraction] = {}
-    memory: dict[tuple[str, int], float] = {}
-    wrong = []
-    for part in plan.llms:
-        fraction = exact_fraction(part.fraction)
-        for number, slot in enumerate(part.slots):
-            where = f"{part.llm!r} replica {number}"
-            node = nodes.get(slot.node)
-            if node is None:
-                wrong.append(f"{where}: the cluster has no node {slot.node!r}")
-                continue
-            outside = [device for device in slot.devices if not 0 <= device < node.devices]
-            if outside:
-                wrong.append(f"{where}: node {node.name!r} has {node.devices} devices, no number {outside[0]}")
-                continue
-            if len(set(slot.devices)) != len(slot.devices):
-                wrong.append(f"{where}: names a device twice")
-            if (part.device_type or plan.cluster.device_type) != node.device_type:
-                planned = part.device_type or "no device type"
-                wrong.append(f"{where}: planned for {planned}, node {node.name!r} has {node.device_type}")
-            if len({domain_of[node.name, device] for device in slot.devices}) > 1:
-                wrong.append(f"{where}: devices {list(slot.devices)} of {node.name!r} do not share a fast-link domain")
-            for device in slot.devices:
-                key = (node.name, device)
-                used[key] = used.get(key, Fraction(0)) + fraction
-                memory[key] = memory.get(key, 0.0) + part.fraction * part.gpu_memory_utilization
-    wrong += [
-        f"device {device} of {node!r} is given out {float(total):g} times"
+    return [
+        f"{where}: devices {list(slot.devices)} of {slot.node!r} do not share a fast-link domain"
+        for where, _, slot in _replicas(plan)
+        if len({domain_of[slot.node, device] for device in slot.devices}) > 1
+    ]
+
+
+def _given_out_twice(plan: Plan) -> list[str]:
+    used: dict[tuple[str, int], Fraction] = defaultdict(Fraction)
+    memory: dict[tuple[str, int], float] = defaultdict(float)
+    takers: dict[tuple[str, int], dict[str, None]] = defaultdict(dict)
+    for _, part, slot in _replicas(plan):
+        for device in slot.devices:
+            key = (slot.node, device)
+            used[key] += exact_fraction(part.fraction)
+            memory[key] += part.fraction * part.gpu_memory_utilization
+            takers[key][part.llm] = None
+    wrong = [
+        f"device {device} of {node!r} is given out {float(total):g} times, to "
+        + ", ".join(repr(llm) for llm in takers[node, device])
         for (node, device), total in used.items()
         if total > 1
     ]
@@ -365,4 +383,19 @@ def check_placement(plan: Plan) -> list[str]:
         for (node, device), total in memory.items()
         if total > 1 + 1e-9 and used[node, device] <= 1
     ]
+    told = {key for key, total in memory.items() if total > 1 + 1e-9}
+    for where, part, slot in _replicas(plan):
+        if part.gpu_memory_utilization > 1 and not told.intersection((slot.node, device) for device in slot.devices):
+            wrong.append(
+                f"{where}: takes {part.gpu_memory_utilization:.3g} of its part of the memory of node {slot.node!r}"
+            )
     return wrong
+
+
+def _replicas(plan: Plan) -> Iterator[tuple[str, LLMPlan, Slot]]:
+    """Those on devices that the cluster has, and what to call each."""
+    devices = {node.name: range(node.devices) for node in plan.cluster.nodes}
+    for part in plan.llms:
+        for number, slot in enumerate(part.slots):
+            if all(device in devices.get(slot.node, ()) for device in slot.devices):
+                yield f"{part.llm!r} replica {number}", part, slot

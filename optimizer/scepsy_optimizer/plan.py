@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from math import inf
 
 from scepsy_optimizer.cluster import Cluster
 from scepsy_optimizer.errors import ScepsyError
 
 FORMAT = "scepsy-plan/1"
 _FINEST = 1000
+_LEAST = {
+    "tensor_parallel_size": 1,
+    "replicas": 1,
+    "max_num_seqs": 1,
+    "max_num_batched_tokens": 1,
+    # Cut to what the KV cache holds, which may be nothing.
+    "max_model_len": 0,
+}
 
 
 def exact_fraction(fraction: float | Fraction) -> Fraction:
@@ -52,6 +61,41 @@ class LLMPlan:
     share: float = 0.0
     device_type: str = ""
     replica_rps: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Raises ScepsyError where a number means nothing, or the slots are not what the replicas need.
+
+        A `gpu_memory_utilization` above 1 is left to `check_placement`, which knows who else is on the device.
+        """
+        where = f"plan: {self.llm!r}"
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise ScepsyError(f"{where} has {name} {getattr(self, name)}; it must be at least {least}")
+        if len(self.slots) != self.replicas:
+            raise ScepsyError(f"{where} has {self.replicas} replicas but {len(self.slots)} slots")
+        if not 0 < self.fraction <= 1:
+            raise ScepsyError(f"{where} has fraction {self.fraction:g}; it must be above 0 and at most 1")
+        if self.fraction < 1 and self.tensor_parallel_size > 1:
+            raise ScepsyError(
+                f"{where} has tensor_parallel_size {self.tensor_parallel_size} with fraction {self.fraction:g}; only "
+                "whole devices work together: make one of them 1"
+            )
+        if not 0 < self.gpu_memory_utilization < inf:
+            raise ScepsyError(
+                f"{where} has gpu_memory_utilization {self.gpu_memory_utilization}; it must be above 0 and at most 1"
+            )
+        for name in ("rate_rps", "utilisation", "share", "replica_rps"):
+            if not 0 <= getattr(self, name) < inf:
+                raise ScepsyError(f"{where} has {name} {getattr(self, name)}; it must be finite and at least 0")
+        # Beyond saturation a call takes for ever.
+        if not self.predicted_call_s >= 0:
+            raise ScepsyError(f"{where} has predicted_call_s {self.predicted_call_s}; it must be at least 0")
+        for slot in self.slots:
+            if len(slot.devices) != self.tensor_parallel_size:
+                raise ScepsyError(
+                    f"{where} has tensor_parallel_size {self.tensor_parallel_size} "
+                    f"but a slot with devices {list(slot.devices)}"
+                )
 
     @property
     def replica_weight(self) -> float:
@@ -119,25 +163,17 @@ class Plan:
     provenance: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        """Raises ScepsyError where it has no LLMs, two equal groups of one, or a rate that means nothing."""
+        if not self.llms:
+            raise ScepsyError("plan: has no LLMs; name at least one under llms, or plan anew with scepsy optimize")
+        if not 0 <= self.rate_rps < inf:
+            raise ScepsyError(f"plan: has rate_rps {self.rate_rps}; it must be finite and at least 0")
         seen: set[tuple[str, int, float, str]] = set()
         for part in self.llms:
             group = (part.llm, part.tensor_parallel_size, part.fraction, part.device_type)
             if group in seen:
                 raise ScepsyError(f"plan: {part.llm!r} has two groups of equal replicas; make them one")
             seen.add(group)
-        for part in self.llms:
-            if len(part.slots) != part.replicas:
-                raise ScepsyError(f"plan: {part.llm!r} has {part.replicas} replicas but {len(part.slots)} slots")
-            if not 0 < part.fraction <= 1:
-                raise ScepsyError(
-                    f"plan: {part.llm!r} has fraction {part.fraction:g}; it must be above 0 and at most 1"
-                )
-            for slot in part.slots:
-                if len(slot.devices) != part.tensor_parallel_size:
-                    raise ScepsyError(
-                        f"plan: {part.llm!r} has tensor_parallel_size {part.tensor_parallel_size} "
-                        f"but a slot with devices {list(slot.devices)}"
-                    )
 
     def parts(self, llm: str) -> tuple[LLMPlan, ...]:
         """The groups of one LLM. Raises ScepsyError if the plan has no such LLM."""
@@ -146,3 +182,20 @@ class Plan:
             known = ", ".join(dict.fromkeys(part.llm for part in self.llms))
             raise ScepsyError(f"plan: no LLM {llm!r}; it has {known}")
         return found
+
+
+def unknown_devices(plan: Plan) -> list[str]:
+    """The slots that name a node or a device which the plan's cluster does not have, in words; empty if none does."""
+    devices = {node.name: node.devices for node in plan.cluster.nodes}
+    wrong = []
+    for part in plan.llms:
+        for number, slot in enumerate(part.slots):
+            where = f"{part.llm!r} replica {number}"
+            if slot.node not in devices:
+                wrong.append(f"{where}: the cluster has no node {slot.node!r}, it has {', '.join(devices)}")
+                continue
+            here = devices[slot.node]
+            outside = [device for device in slot.devices if not 0 <= device < here]
+            if outside:
+                wrong.append(f"{where}: node {slot.node!r} has {here} devices from 0 on, no number {outside[0]}")
+    return wrong

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf, isfinite
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +38,10 @@ class StepTimes:
     kv_bytes_per_token: float
 
     def __post_init__(self) -> None:
+        """Raises ScepsyError where a grid, a time or a size means nothing."""
         where = f"step times at tensor_parallel_size {self.tensor_parallel_size}"
+        if self.tensor_parallel_size < 1:
+            raise ScepsyError(f"{where}: give the number of devices that a replica takes, at least 1")
         for name in ("batch_sizes", "context_tokens", "prefill_tokens"):
             grid = getattr(self, name)
             if not grid or list(grid) != sorted(set(grid)) or grid[0] < 1:
@@ -46,11 +50,20 @@ class StepTimes:
             raise ScepsyError(f"{where}: decode_s must have one row per batch size and one column per context length")
         if len(self.prefill_s) != len(self.prefill_tokens):
             raise ScepsyError(f"{where}: prefill_s must have one entry per prefill_tokens")
+        # Said apart: a time that is no number has no place in any order.
+        for name, rows in (("decode_s", self.decode_s), ("prefill_s", (self.prefill_s,))):
+            for row in rows:
+                if not all(map(isfinite, row)):
+                    wrong = next(time for time in row if not isfinite(time))
+                    raise ScepsyError(f"{where}: {name} has {wrong}; every time must be a finite number of seconds")
         columns = [*self.decode_s, *zip(*self.decode_s, strict=True), self.prefill_s]
         if any(list(column) != sorted(column) or column[0] <= 0 for column in columns):
             raise ScepsyError(f"{where}: times must be positive and never fall with batch, context or tokens")
-        if not self.kv_bytes_per_token > 0 or not self.weights_gib > 0:
-            raise ScepsyError(f"{where}: weights_gib and kv_bytes_per_token must be positive")
+        for name in ("weights_gib", "kv_bytes_per_token"):
+            if not 0 < getattr(self, name) < inf:
+                raise ScepsyError(f"{where}: {name} must be positive and finite, got {getattr(self, name)}")
+        if not 0 <= self.overhead_gib < inf:
+            raise ScepsyError(f"{where}: overhead_gib must be finite and at least 0, got {self.overhead_gib}")
 
 
 # Of an H100's bandwidth two processes under MPS that read weights side by side reached this part (tests/data/h100).
@@ -80,8 +93,17 @@ class FractionSlowdown:
 
     def __post_init__(self) -> None:
         """Raises ScepsyError where no slowdown is meant."""
-        if min(self.prefill_beta, self.decode_beta, self.decode_beta_large) < 0:
-            raise ScepsyError("slowdown: a fraction of a device is never faster than all of it: no beta is below 0")
+        for name in ("prefill_beta", "decode_beta", "decode_beta_large"):
+            beta = getattr(self, name)
+            if beta < 0:
+                raise ScepsyError(
+                    f"slowdown: a fraction of a device is never faster than all of it: {name} must be at least 0, "
+                    f"got {beta}"
+                )
+            if not isfinite(beta):
+                raise ScepsyError(f"slowdown: {name} must be a finite number, got {beta}")
+        if not 0 <= self.down_to <= 1:
+            raise ScepsyError(f"slowdown: down_to must be a fraction from 0 to 1, got {self.down_to}")
         if not self.small_batch < self.large_batch:
             raise ScepsyError(f"slowdown: small_batch {self.small_batch} must be below large_batch {self.large_batch}")
 
@@ -149,6 +171,29 @@ class LLMProfile:
     max_num_batched_tokens: int = 8192
     max_model_len: int = 32768
     gpu_memory_utilization: float = 0.92
+
+    def __post_init__(self) -> None:
+        """Raises ScepsyError where a number means nothing, or a tensor parallelism has two tables or there is none."""
+        where = f"profile of {self.llm!r} on {self.device_type}"
+        if not self.steps:
+            raise ScepsyError(f"{where}: steps is empty; give the step times of at least one tensor_parallel_size")
+        sizes = [steps.tensor_parallel_size for steps in self.steps]
+        if len(set(sizes)) != len(sizes):
+            twice = next(size for size in sizes if sizes.count(size) > 1)
+            raise ScepsyError(f"{where}: steps has tensor_parallel_size {twice} twice; leave one of them out")
+        if not 0 < self.device_memory_gib < inf:
+            raise ScepsyError(f"{where}: device_memory_gib must be positive and finite, got {self.device_memory_gib}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ScepsyError(
+                f"{where}: gpu_memory_utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}"
+            )
+        for name in ("host_s", "request_s"):
+            if not 0 <= getattr(self, name) < inf:
+                raise ScepsyError(f"{where}: {name} must be finite and at least 0, got {getattr(self, name)}")
+        # A plan cuts max_model_len to what a KV cache holds, which may be nothing; that is told where it is used.
+        for name, least in (("max_num_seqs", 1), ("max_num_batched_tokens", 1), ("max_model_len", 0)):
+            if getattr(self, name) < least:
+                raise ScepsyError(f"{where}: {name} must be at least {least}, got {getattr(self, name)}")
 
     @property
     def outside_s(self) -> float:

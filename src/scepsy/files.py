@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from scepsy_optimizer.cluster import Cluster
 from scepsy_optimizer.errors import ScepsyError
-from scepsy_optimizer.plan import Plan
+from scepsy_optimizer.plan import Plan, unknown_devices
 from scepsy_optimizer.profile import LLMProfile
 from scepsy_optimizer.requirements import Requirements
 
@@ -54,8 +54,12 @@ def save_cluster(cluster: Cluster, path: str | Path) -> None:
 
 
 def load_plan(path: str | Path) -> Plan:
-    """Read a plan file. Raises ScepsyError."""
-    return _load(Path(path), PLAN_FORMAT, TypeAdapter(Plan))
+    """Read a plan file. Raises ScepsyError, also for a replica on devices that the plan's cluster does not have."""
+    plan = _load(Path(path), PLAN_FORMAT, TypeAdapter(Plan))
+    if wrong := unknown_devices(plan):
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise ScepsyError(f"{path}: plan: {wrong[0]}{more}; correct its slots")
+    return plan
 
 
 def save_plan(plan: Plan, path: str | Path) -> None:

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import pytest
@@ -78,7 +79,39 @@ def test_show_has_the_places_and_what_is_wrong(files, capsys):
     assert main(["plan", "show", bad]) == 1
     shown = capsys.readouterr().out
     assert "generator (0.5 of a device) on node0: 0" in shown
-    assert "wrong: device 0 of 'node0' is given out 1.5 times" in shown
+    assert "wrong: device 0 of 'node0' is given out 1.5 times, to 'writer', 'generator'" in shown
+
+
+def test_what_is_infinite_is_null_in_json(files, capsys):
+    (beyond,) = files(beyond=make_plan([(1,)], latency_s=float("inf")))
+
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    assert main(["plan", "show", beyond, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert shown["plan"]["prediction"]["latency_s"] is None
+    assert shown["plan"]["llms"][0]["slots"] == [{"node": "node0", "devices": [1]}]
+    assert shown["wrong"] == []
+
+
+@pytest.mark.parametrize("words", [["show"], ["show", "--json"], ["diff", "good.yaml"], ["export", "--to", "litellm"]])
+def test_a_node_that_the_cluster_does_not_have_is_told_in_one_line(files, tmp_path, capsys, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    files(good=make_plan([(1,)]))
+    text = (tmp_path / "good.yaml").read_text()
+    (tmp_path / "bad.yaml").write_text(text.replace("- node: node0", "- node: other", 1))
+    assert main(["plan", *words, "bad.yaml"]) == 2
+    told = "bad.yaml: plan: 'writer' replica 0: the cluster has no node 'other', it has node0; correct its slots"
+    assert told in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_plan_that_gives_a_device_out_twice_is_not_replayed(files, capsys):
+    (bad,) = files(bad=make_plan([(0,)]))
+    assert main(["replay", bad, "traces"]) == 2
+    assert "plan: device 0 of 'node0' is given out 1.5 times, to 'writer', 'generator'; correct" in (
+        capsys.readouterr().err
+    )
 
 
 def test_a_plan_that_is_not_there(capsys):

@@ -286,7 +286,22 @@ def test_what_cannot_be_deployed_is_refused_before_anything_starts(
         ({"engine": "emulator"}, "needs a profile of each LLM, and there is none of 'a'"),
         ({"engine": "emulator", "name": "../x"}, r"deployment name '\.\./x'"),
         ({"engine": "vllm", "plan": make_plan(make_part("a", 0), cluster="2x8xH100")}, "the plan has 2 nodes"),
-        ({"engine": "emulator", "plan": make_plan(cluster="1xH100")}, "the plan has no LLMs"),
+        (
+            {"engine": "emulator", "plan": make_plan(make_part("a", 0), make_part("b", 0), cluster="1xH100")},
+            "plan: device 0 of 'node0' is given out 2 times, to 'a', 'b'; correct its slots, or plan anew",
+        ),
+        (
+            {"engine": "emulator", "plan": make_plan(make_part("a", (0, 0)), cluster="1xH100")},
+            "'a' replica 0: names a device twice",
+        ),
+        (
+            {"engine": "emulator", "plan": make_plan(make_part("a", 8), cluster="1xH100")},
+            "'a' replica 0: node 'node0' has 1 devices from 0 on, no number 8",
+        ),
+        (
+            {"engine": "emulator", "plan": make_plan(make_part("a", 0, node="other"), cluster="1xH100")},
+            "'a' replica 0: the cluster has no node 'other', it has node0",
+        ),
         ({"engine": "emulator", "profiles": {"a": make_profile("a", device_memory_gib=1.0)}}, "'a' does not fit into"),
         ({"engine": "emulator", "profiles": {"a": make_profile("a")}, "host": "192.0.2.1"}, "cannot listen on 192.0.2"),
     ):
@@ -310,6 +325,17 @@ def test_what_cannot_be_deployed_is_refused_before_anything_starts(
     with pytest.raises(ScepsyError, match="/proc/none/deployments/default: cannot be written"):
         deploy(gpus, engine="emulator")
     assert process_table() == []
+
+
+def test_a_running_deployment_is_not_changed_to_what_cannot_be_placed(
+    home, plan_of_one, make_plan, make_part, make_profile
+):
+    profiles = {llm: make_profile(llm) for llm in "ab"}
+    with deploy(plan_of_one, engine="emulator", profiles=profiles) as deployment:
+        before = replicas(deployment)
+        with pytest.raises(ScepsyError, match="device 0 of 'node0' is given out 2 times, to 'a', 'b'"):
+            deployment.apply(make_plan(make_part("a", 0), make_part("b", 0), cluster="1xCPU"), profiles=profiles)
+        assert {one.pid for one in replicas(deployment).values()} == {one.pid for one in before.values()}
 
 
 def test_gpu_engines_under_mps(home, make_plan, make_part, tmp_path, monkeypatch, wait, process_table):

@@ -1,5 +1,6 @@
 from dataclasses import replace
 from fractions import Fraction
+from math import inf, nan
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from scepsy_optimizer.baselines import even_split
 from scepsy_optimizer.cluster import Cluster, Node, parse_cluster
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.judging import least_replayed
-from scepsy_optimizer.placement import check_placement, place
+from scepsy_optimizer.placement import check_placement, place, require_placed
 from scepsy_optimizer.plan import LLMPlan, Plan, Slot
 from scepsy_optimizer.planner import describe_choices, hand_made_plan, optimize, plan_choices, predict
 from scepsy_optimizer.replay import poisson_arrivals_s, replay
@@ -98,6 +99,28 @@ def test_check_placement_tells_every_fault():
     assert any("device 3 of 'n' is given out 1.5 times" in line for line in wrong)
     assert any("no node 'x'" in line for line in wrong)
     assert any("no number 9" in line for line in wrong)
+
+
+def test_what_cannot_be_placed_as_it_says_is_refused_by_all_who_start_it():
+    cluster = parse_cluster("4xL40S")
+    choices = {"a": whole(2), "b": part(5)}
+
+    def planned(a, b):
+        slots = {llm: ((Slot(node="node0", devices=one),),) for llm, one in (("a", a), ("b", b))}
+        return bare_plan(cluster, choices, slots)
+
+    # Across domains a group is slow, but it runs.
+    assert len(check_placement(planned((0, 1), (2,)))) == 1
+    require_placed(planned((0, 1), (2,)))
+    with pytest.raises(ScepsyError, match=r"^plan: device 1 of 'node0' is given out 1.5 times, to 'a', 'b'; correct"):
+        require_placed(planned((0, 1), (1,)))
+    with pytest.raises(ScepsyError, match=r"'a' replica 0: names a device twice \(and 1 more, see scepsy plan show\);"):
+        require_placed(planned((0, 0), (1,)))
+    with pytest.raises(ScepsyError, match=r"'a' replica 0: node 'node0' has 4 devices from 0 on, no number 9"):
+        require_placed(planned((0, 9), (1,)))
+    greedy = replace(planned((0, 1), (2,)), llms=(replace(planned((0, 1), (2,)).llms[1], gpu_memory_utilization=1.2),))
+    with pytest.raises(ScepsyError, match=r"'b' replica 0: takes 1.2 of its part of the memory of node 'node0'"):
+        require_placed(greedy)
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +238,40 @@ def test_a_plan_checks_itself(workload, profiles):
         replace(plan, llms=(replace(plan.llms[0], fraction=2.0),))
     with pytest.raises(ScepsyError, match="no LLM 'z'"):
         plan.parts("z")
+    with pytest.raises(ScepsyError, match="plan: has no LLMs; name at least one"):
+        replace(plan, llms=())
+    for rate_rps in (-1.0, nan, inf):
+        with pytest.raises(ScepsyError, match=f"plan: has rate_rps {rate_rps}; it must be finite"):
+            replace(plan, rate_rps=rate_rps)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "told"),
+    [
+        *(("gpu_memory_utilization", value, "above 0 and at most 1") for value in (nan, inf, 0.0, -1.0)),
+        *((name, nan, "finite and at least 0") for name in ("rate_rps", "utilisation", "share", "replica_rps")),
+        *((name, -1.0, "finite and at least 0") for name in ("rate_rps", "utilisation", "share", "replica_rps")),
+        ("replica_rps", inf, "finite and at least 0"),
+        ("predicted_call_s", nan, "at least 0"),
+        ("max_num_seqs", -3, "at least 1"),
+        ("max_num_batched_tokens", -1, "at least 1"),
+        ("max_model_len", -1, "at least 0"),
+        ("replicas", 0, "at least 1"),
+        ("tensor_parallel_size", 0, "at least 1"),
+    ],
+)
+def test_a_group_refuses_numbers_that_mean_nothing(profiles, name, wrong, told):
+    (found,) = hand_made_plan({"a": whole(1)}, profiles, parse_cluster("1xH100")).llms
+    with pytest.raises(ScepsyError) as caught:
+        replace(found, **{name: wrong})
+    assert str(caught.value) == f"plan: 'a' has {name} {wrong}; it must be {told}"
+
+
+def test_a_fraction_is_of_one_device(profiles):
+    (found,) = hand_made_plan({"a": whole(2)}, profiles, parse_cluster("2xH100")).llms
+    with pytest.raises(ScepsyError, match=r"'a' has tensor_parallel_size 2 with fraction 0.5; only whole devices"):
+        replace(found, fraction=0.5)
+    assert replace(found, predicted_call_s=inf).predicted_call_s == inf
 
 
 @pytest.mark.parametrize("load", [0.2, 0.7])

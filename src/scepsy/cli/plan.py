@@ -142,7 +142,9 @@ def _show(plan: Plan, args: argparse.Namespace, console: Console) -> int:
 
         from scepsy_optimizer.plan import Plan
 
-        print(json.dumps({"plan": TypeAdapter(Plan).dump_python(plan, mode="json"), "wrong": wrong}))
+        # Written by pydantic first: a latency beyond saturation is infinite, for which JSON has null alone.
+        shown = json.loads(TypeAdapter(Plan).dump_json(plan))
+        print(json.dumps({"plan": shown, "wrong": wrong}, allow_nan=False))
         return 1 if wrong else 0
     console.print(plan_table(plan))
     for part in plan.llms:

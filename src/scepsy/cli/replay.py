@@ -53,9 +53,11 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from scepsy.planning import aggregate
     from scepsy.report.progress import LateProgress
     from scepsy_optimizer.percentiles import predict_latencies
+    from scepsy_optimizer.placement import require_placed
     from scepsy_optimizer.replications import replay_often, replay_recorded
 
     plan = load_plan(args.plan)
+    require_placed(plan)
     recorded = _recorded(args) if args.recorded else []
     rate_rps = _rate_rps(args, plan, recorded)
     if args.seed is not None and args.seed < 0:

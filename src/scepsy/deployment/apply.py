@@ -20,6 +20,7 @@ from scepsy.deployment.specs import ReplicaSpec
 from scepsy.deployment.state import read_order
 from scepsy.files import load_plan, save_plan
 from scepsy_optimizer.errors import ScepsyError
+from scepsy_optimizer.placement import require_placed
 from scepsy_optimizer.plan import Plan
 from scepsy_optimizer.profile import Profiles
 
@@ -36,8 +37,7 @@ def apply(
     on_event: Callable[[str], None],
 ) -> None:
     """Have the deployment in that folder run this plan; returns when it does. Raises ScepsyError, see `Deployment`."""
-    if not plan.llms:
-        raise ScepsyError("the plan has no LLMs to deploy")
+    require_placed(plan)
     with _alone(directory):
         folder = new_folder(directory)
         order = read_order(directory)

@@ -30,6 +30,7 @@ from scepsy.deployment.processes import Identity
 from scepsy.deployment.specs import ENGINES, START_TIMEOUT_S, Engine
 from scepsy.files import save_plan
 from scepsy_optimizer.errors import ScepsyError
+from scepsy_optimizer.placement import require_placed
 from scepsy_optimizer.plan import Plan
 from scepsy_optimizer.profile import Profiles
 
@@ -200,8 +201,7 @@ def deploy(
     _require_extra()
     if engine not in ENGINES:
         raise ScepsyError(f"engine {engine!r}: use one of {', '.join(ENGINES)}")
-    if not plan.llms:
-        raise ScepsyError("the plan has no LLMs to deploy")
+    require_placed(plan)
     parsed = Affinity.parsed(affinity) if affinity is not None else None
     if endpoint == "haproxy":
         _check_haproxy(parsed, record)

@@ -89,7 +89,8 @@ def replicas_of(
 ) -> tuple[RayReplica, ...]:
     """Every replica of the plan. `profiles` has the text of a profile file for each of the plan's groups.
 
-    Raises ScepsyError for fractions of cores.
+    Which devices of its node a replica gets, Ray decides. So a plan that gives one out twice is not refused here: its
+    replicas get others, or Ray has no room for them. Raises ScepsyError for fractions of cores.
     """
     parts = [part.llm for part in plan.llms if part.fraction < 1]
     if engine == "vllm-cpu" and parts:
