@@ -15,6 +15,8 @@ from scepsy_optimizer.workload import Workload
 
 _ABOVE_ALL_OTHERS = 1e4
 _PRECISION = 1e-3
+_NO_LOAD_RPS = 1e-6
+"""A rate up to which no call waits for another: what is out of reach there is so at any rate."""
 
 
 def explain_no_plan(
@@ -58,12 +60,15 @@ def explain_no_plan(
             f"{bottleneck!r}. Ask for less, add devices, or make {bottleneck!r} smaller"
         )
     limits = requirements.latency_limits_s
+    at, remedy = f"at {rate_rps:g} executions/s {where}", "ask for a lower rate, or add devices"
+    if rate_rps <= _NO_LOAD_RPS:
+        at, remedy = f"{where}, even without load", "or use faster devices or smaller models"
     for workflow, limit_s in limits.items():
         found = least(_favouring(requirements, workflow))
         if found is not None and (least_s := _latencies_s(workload, found)[workflow]) > limit_s * (1 + _PRECISION):
             return (
-                f"a mean latency of {limit_s:g} s of workflow {workflow!r} is out of reach at {rate_rps:g} "
-                f"executions/s {where}: the least is {least_s:.3g} s. Allow more, ask for a lower rate, or add devices"
+                f"a mean latency of {limit_s:g} s of workflow {workflow!r} is out of reach {at}: the least "
+                f"is {least_s:.3g} s. Allow more, {remedy}"
             )
     free = least(_raised(requirements, None))
     if limits and free is not None:
@@ -74,8 +79,8 @@ def explain_no_plan(
             middle = (low + high) / 2
             low, high = (low, middle) if least(_raised(requirements, middle)) is not None else (middle, high)
         return (
-            f"the latency limits of {' and '.join(sorted(limits))} cannot be kept together at {rate_rps:g} "
-            f"executions/s {where}: raise them by {high - 1:.1%}, ask for a lower rate, or add devices"
+            f"the latency limits of {' and '.join(sorted(limits))} cannot be kept together {at}: raise them by "
+            f"{high - 1:.1%}, {remedy}"
         )
     return (
         f"at {rate_rps:g} executions/s the LLMs fit {where} by number, but their groups do not fit into its nodes and "

@@ -21,6 +21,11 @@ Floats = NDArray[np.float64]
 _PENALTY = 1e4
 """What exceeding a budget or a limit by all of itself costs, in multiples of the problem's scale."""
 
+_LEAST_MEASURE, _MOST_MEASURE = 1e-3, 1e3
+"""What the excess over a limit is measured in is the limit itself within these, in multiples of the problem's scale.
+
+Beyond them the linear program would be lost: HiGHS takes a coefficient up to 1e-9 for none.
+"""
 
 _LIFT = 1e-6
 """A cut that lifts the bound where it was made by less than this, in parts of the problem's scale, is not kept."""
@@ -69,7 +74,8 @@ class Priced:
 class Relaxed:
     """A solution of the relaxation: `value` with what is violated counted in, and the part of each held option.
 
-    `violation` is the sum of the relative excesses over budgets and limits, 0 where there is none.
+    `violation` is the sum of the excesses over budgets and limits, each in parts of what it is measured in, 0 where
+    there is none.
     """
 
     value: float
@@ -113,10 +119,11 @@ class Master:
         for number, budget in enumerate(problem.budgets.tolist()):
             excess = np.array([self._groups + number], dtype=np.int32)
             self._highs.addRow(-infinity, float(budget), 1, excess, np.array([-max(1.0, float(budget))]))
-        for number, limit_s in enumerate(problem.limits_s.tolist()):
+        measures_s = np.clip(problem.limits_s, _LEAST_MEASURE * problem.scale_s, _MOST_MEASURE * problem.scale_s)
+        for number, (limit_s, measure_s) in enumerate(zip(problem.limits_s.tolist(), measures_s.tolist(), strict=True)):
             groups = np.flatnonzero(problem.limited[number])
             columns = np.append(groups, self._groups + self._budgets + number).astype(np.int32)
-            self._highs.addRow(-infinity, limit_s, len(columns), columns, np.append(np.ones(len(groups)), -limit_s))
+            self._highs.addRow(-infinity, limit_s, len(columns), columns, np.append(np.ones(len(groups)), -measure_s))
         self._first_option = self._groups + self._budgets + self._limits
 
     def hold(self, llm: int, row: int) -> bool:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
 from scepsy_optimizer.allocation import MAX_UTILISATION, UNITS_PER_DEVICE, Groups, Option, evaluate_groups
 from scepsy_optimizer.options import list_options, make_offer
 from scepsy_optimizer.pipeline import build_pipeline
 from scepsy_optimizer.plan import Plan
 from scepsy_optimizer.planner import cluster_profiles, plan_choices
 from scepsy_optimizer.profile import Profiles
+from scepsy_optimizer.requirements import NO_REQUIREMENTS, LLMRequirements, Requirements, admitted_rows, allowed_types
 from scepsy_optimizer.what_if import add_device
 from scepsy_optimizer.workload import LLMDemand, Workload
 
@@ -38,10 +37,12 @@ def next_device(
     plan: Plan,
     *,
     max_utilisation: float = MAX_UTILISATION,
+    requirements: Requirements = NO_REQUIREMENTS,
 ) -> tuple[NextDevice, ...]:
     """What one device more of each type would buy each LLM, the greatest gain in latency first.
 
-    The device is counted, not placed. An LLM without a profile for a type does not appear with it.
+    The device is counted, not placed. An LLM does not appear with a type that it has no profile for or must not use,
+    and not at all where its groups are fixed. Of the requirements only those on LLMs are respected.
     """
     groups = plan_choices(plan)
     options = {
@@ -55,9 +56,12 @@ def next_device(
         for demand in workload.demands
     }
     found = [
-        _with_device(workload, profiles, plan, demand, device_type, options, max_utilisation)
+        _with_device(
+            workload, profiles, plan, demand, device_type, options, max_utilisation, requirements.of_llm(demand.llm)
+        )
         for demand in workload.demands
-        for device_type in plan.cluster.device_types
+        if not requirements.of_llm(demand.llm).fixed
+        for device_type in allowed_types(requirements.of_llm(demand.llm), plan.cluster)
         if any(one.device_type == device_type for one in cluster_profiles(profiles, demand.llm, plan.cluster))
     ]
     return tuple(sorted(found, key=lambda one: one.latency_s))
@@ -71,6 +75,7 @@ def _with_device(
     device_type: str,
     options: Mapping[str, Option],
     max_utilisation: float,
+    required: LLMRequirements,
 ) -> NextDevice:
     cluster = add_device(plan.cluster, device_type)
     table = list_options(
@@ -78,9 +83,10 @@ def _with_device(
         calls_rps=plan.rate_rps * demand.visits,
         max_units=options[demand.llm].units + UNITS_PER_DEVICE,
         max_utilisation=max_utilisation,
+        min_replicas=required.min_replicas,
     )
     # What other types give to the LLM stays what it is; of this type there is one device more.
-    fits = np.ones(len(table), dtype=bool)
+    fits = admitted_rows(required, cluster, replicas=table.replicas, units=table.units)
     for name in plan.cluster.device_types:
         named = name if len(plan.cluster.device_types) > 1 else ""
         now = sum(group.units for group in options[demand.llm].groups if group.device_type in ("", name))

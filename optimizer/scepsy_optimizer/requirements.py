@@ -198,9 +198,26 @@ def planned(plan: Plan, llm: str) -> tuple[Choice, ...]:
     )
 
 
-def kept(plan: Plan, llm: str) -> LLMRequirements:
-    """The requirement that an LLM stays as it is in a plan. Raises ScepsyError where the plan lacks it."""
-    return LLMRequirements(fixed=planned(plan, llm))
+def kept(plan: Plan, llm: str, cluster: Cluster | None = None) -> LLMRequirements:
+    """The requirement that an LLM stays as it is in a plan, also on another `cluster`.
+
+    Where only that one has several device types, the groups stay on the type that the plan's cluster has. Raises
+    ScepsyError where the plan lacks the LLM, or such a cluster the type.
+    """
+    groups = planned(plan, llm)
+    if cluster is not None and len(cluster.device_types) > 1:
+        groups = _named(groups, plan.cluster)
+        types = ", ".join(cluster.device_types)
+        if lacking := {group.device_type for group in groups}.difference(cluster.device_types):
+            raise ScepsyError(f"{llm!r} cannot stay on {', '.join(sorted(lacking))}: the new cluster has {types} only")
+    return LLMRequirements(fixed=groups)
+
+
+def _named(groups: tuple[Choice, ...], cluster: Cluster) -> tuple[Choice, ...]:
+    """The groups with their device type, which goes without saying on a cluster of one type."""
+    if len(cluster.device_types) > 1:
+        return groups
+    return tuple(replace(one, device_type=one.device_type or cluster.device_type) for one in groups)
 
 
 def check_requirements(plan: Plan, requirements: Requirements) -> list[str]:
@@ -221,8 +238,8 @@ def _broken_by_nodes(plan: Plan, requirements: Requirements) -> list[str]:
 
 def _broken_by_llm(plan: Plan, llm: str, required: LLMRequirements) -> list[str]:
     if required.fixed:
-        now = kept(plan, llm).fixed
-        same = sorted(now, key=_order) == sorted(required.fixed, key=_order)
+        now = _named(planned(plan, llm), plan.cluster)
+        same = sorted(now, key=_order) == sorted(_named(required.fixed, plan.cluster), key=_order)
         return [] if same else [f"{llm}: its groups are not the fixed ones"]
     parts = [part for part in plan.llms if part.llm == llm]
     types = {node.name: node.device_type for node in plan.cluster.nodes}

@@ -48,6 +48,15 @@ class Room:
     takes: Ints
     budgets: Ints
 
+    @property
+    def breaks_groups(self) -> bool:
+        """Whether groups of some size leave devices of the fast-link domains over, so that smaller ones pack better."""
+        return any(
+            self.cluster.groups_of(device_type, size) * size < self.cluster.devices_of(device_type)
+            for device_type in self.cluster.device_types
+            for size in {kind.tensor_parallel_size for kind in self.kinds if _type(kind, self.cluster) == device_type}
+        )
+
     def taken(self, kinds: Sequence[ReplicaKind], counts: Ints) -> Ints:
         """What rows of counts of some of the kinds take, a column for each budget."""
         index = {kind: number for number, kind in enumerate(self.kinds)}

@@ -155,7 +155,8 @@ def highest_rate(
         needs = _unit_needs(workload, offers, cluster, max_utilisation, requirements)
         _require_room(needs, units, cluster)
 
-    def fits(rates_rps: Mapping[str, float]) -> bool:
+    def fits(rates_rps: Mapping[str, float], *, spare: float = UNITS_PER_DEVICE) -> bool:
+        """Whether the LLMs fit at these rates, each with at most so many tenths more than it must take."""
         fewest = {llm: need(rates_rps[llm] * visits[llm]) for llm, need in needs.items()}
         if sum(fewest.values()) > units:
             return False
@@ -163,8 +164,7 @@ def highest_rate(
         for demand in workload.demands:
             most = max_units_of(requirements.of_llm(demand.llm), cluster)
             if needs:
-                # What takes a device more than it must is never what makes room.
-                most = min(most, int(fewest[demand.llm]) + UNITS_PER_DEVICE)
+                most = int(min(most, fewest[demand.llm] + spare))
             offer, required = offers[demand.llm], requirements.of_llm(demand.llm)
             needed_rps = rates_rps[demand.llm] * demand.visits / max_utilisation
             taken.append(_least_taken(demand, offer, room, needed_rps, most, required))
@@ -179,13 +179,23 @@ def highest_rate(
             # Past the limit, the LLM that asks for more units than at it is the one in the way.
             steps = {llm: needs[llm](high * 1.000001 * visits[llm]) - needs[llm](low * visits[llm]) for llm in needs}
             return low, max(steps, key=lambda llm: steps[llm])
-    if not fits(at(0.0)):
+    # What takes over a device more than it must makes room only for what cannot bend: for groups that do not fill the
+    # domains (more of smaller ones use what is left over) and beside fixed replicas (more of small ones use the gaps).
+    # Looking at all of that takes several times as long.
+    may_spend = bool(needs) and (room.breaks_groups or any(one.fixed for one in requirements.llms.values()))
+
+    def fits_somehow(rates_rps: Mapping[str, float]) -> bool:
+        return fits(rates_rps) or (may_spend and fits(rates_rps, spare=float("inf")))
+
+    if not fits_somehow(at(0.0)):
         raise ScepsyError(
             f"the LLMs do not fit into {units / UNITS_PER_DEVICE:g} {cluster.device_type} even without load: use a "
             "larger cluster or smaller models"
         )
     low, high = _limit_of(lambda rate_rps: fits(at(rate_rps)))
-    in_the_way = [llm for llm in visits if not fits(at(low) | {llm: high})]
+    if may_spend and fits_somehow(at(high)):
+        low, high = _limit_of(lambda rate_rps: fits_somehow(at(rate_rps)), low=low, high=high)
+    in_the_way = [llm for llm in visits if not fits_somehow(at(low) | {llm: high})]
     return low, (in_the_way or list(visits))[0]
 
 
@@ -257,9 +267,11 @@ def _least_taken(
     return undominated(np.unique(room.taken(offer.kinds, counts), axis=0))
 
 
-def _limit_of(is_reached: Callable[[float], bool]) -> tuple[float, float]:
-    """The highest rate that is reached and the lowest that is not, one part in a million apart."""
-    low, high = 0.0, 1.0
+def _limit_of(is_reached: Callable[[float], bool], low: float = 0.0, high: float = 1.0) -> tuple[float, float]:
+    """The highest rate that is reached and the lowest that is not, one part in a million apart.
+
+    `low` is one that is reached, `high` the first that is tried.
+    """
     while is_reached(high):
         low, high = high, high * 2
     for _ in range(60):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from scepsy.discovery import SOURCES, Source, discover_cluster
 from scepsy.files import load_cluster, load_profile
@@ -45,9 +45,11 @@ def resolve_profiles(
 ) -> dict[str, LLMProfile]:
     """A profile for each LLM on the device type: given ones first, then estimates of `models`, then shipped ones.
 
-    Raises ScepsyError where an LLM has none, saying how to get one.
+    Raises ScepsyError where an LLM has none, saying how to get one, and where a named file or a model is of no use.
     """
-    found, known = _find_profiles(llms, device_type, profiles, models)
+    given = _given_profiles(profiles, llms, (device_type,))
+    _require_llms(models, llms)
+    found, known = _find_profiles(llms, device_type, given, models)
     _require_profiles(llms, found, device_type, known)
     return found
 
@@ -62,20 +64,30 @@ def resolve_plan_profiles(
     """Profiles of a plan's LLMs, or of `llms` on its cluster, of the models that the plan names.
 
     Given ones come first, then estimates of `models`; then, where the plan was made with an estimate, one of the plan's
-    own model rather than a shipped profile that only has the same name. Raises ScepsyError where an LLM has none.
+    own model rather than a shipped profile that only has the same name. The engine options in them are the plan's.
+    Raises ScepsyError where an LLM has none, and where a named file or a model is of no use.
     """
     from scepsy.profiling import shipped_profiles
 
-    wanted = list(dict.fromkeys(part.llm for part in plan.llms)) if llms is None else llms
-    given = {} if models is None else dict(models)
     planned = {part.llm: part.model for part in plan.llms}
-    shipped = {llm: one.model for kind in plan.cluster.device_types for llm, one in shipped_profiles(kind).items()}
+    wanted = list(planned) if llms is None else llms
+    known = list(dict.fromkeys([*planned, *wanted]))
+    types = plan.cluster.device_types
+    given = _given_profiles(profiles, known, types)
+    _require_llms(models, known)
+    shipped = {llm: one.model for kind in types for llm, one in shipped_profiles(kind).items()}
     estimated = {
         llm: model
         for llm, model in planned.items()
         if shipped.get(llm) != model and plan.provenance.get(f"profile of {llm}", "").startswith("estimate")
     }
-    return resolve_cluster_profiles(wanted, plan.cluster, profiles=profiles, models=estimated | given)
+    found = _resolve(wanted, plan.cluster, given, estimated | dict(models or {}))
+    return {
+        llm: _as_planned(llm, one, plan)
+        if isinstance(one, LLMProfile)
+        else tuple(_as_planned(llm, profile, plan) for profile in one)
+        for llm, one in found.items()
+    }
 
 
 def resolve_cluster_profiles(
@@ -87,14 +99,24 @@ def resolve_cluster_profiles(
 ) -> Profiles:
     """`resolve_profiles` for every device type of a cluster; an LLM may lack a profile on some, but not on all.
 
-    Raises ScepsyError where an LLM has none at all.
+    Raises ScepsyError where an LLM has none at all, and where a named file or a model is of no use.
     """
+    given = _given_profiles(profiles, llms, cluster.device_types)
+    _require_llms(models, llms)
+    return _resolve(llms, cluster, given, models)
+
+
+def _resolve(
+    llms: Sequence[str], cluster: Cluster, given: Sequence[tuple[str, LLMProfile]], models: Mapping[str, str] | None
+) -> Profiles:
     if len(cluster.device_types) == 1:
-        return resolve_profiles(llms, cluster.device_type, profiles=profiles, models=models)
+        single, names = _find_profiles(llms, cluster.device_type, given, models)
+        _require_profiles(llms, single, cluster.device_type, names)
+        return single
     found: dict[str, tuple[LLMProfile, ...]] = {}
     known: set[str] = set()
     for device_type in cluster.device_types:
-        here, names = _find_profiles(llms, device_type, profiles, models)
+        here, names = _find_profiles(llms, device_type, given, models)
         known |= names
         for llm, profile in here.items():
             found[llm] = (*found.get(llm, ()), profile)
@@ -103,22 +125,47 @@ def resolve_cluster_profiles(
 
 
 def _find_profiles(
-    llms: Sequence[str], device_type: str, profiles: ProfileSources | None, models: Mapping[str, str] | None
+    llms: Sequence[str], device_type: str, given: Sequence[tuple[str, LLMProfile]], models: Mapping[str, str] | None
 ) -> tuple[dict[str, LLMProfile], set[str]]:
     """The profiles that there are of `llms` on a device type, and the names of all LLMs with one."""
     from scepsy.profiling import estimate, shipped_profiles
 
-    given = _given_profiles(profiles, device_type)
+    here = {llm: profile for llm, profile in given if profile.device_type == device_type}
     shipped = shipped_profiles(device_type)
     found: dict[str, LLMProfile] = {}
     for llm in llms:
-        if llm in given:
-            found[llm] = given[llm]
+        if llm in here:
+            found[llm] = here[llm]
         elif models is not None and llm in models:
             found[llm] = estimate(models[llm], device_type, llm=llm)
         elif llm in shipped:
             found[llm] = shipped[llm]
-    return found, {*given, *shipped}
+    return found, {*here, *shipped}
+
+
+def _as_planned(llm: str, profile: LLMProfile, plan: Plan) -> LLMProfile:
+    """The profile with the engine options that the plan's groups of the LLM are started with.
+
+    Groups on one device type may differ in them by hand only: of an option that differs, the profile's own stays.
+    """
+    parts = [
+        part
+        for part in plan.llms
+        if part.llm == llm and (part.device_type or plan.cluster.device_type) == profile.device_type
+    ]
+    changed: dict[str, Any] = {}
+    for option in ("max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization"):
+        values = {getattr(part, option) for part in parts}
+        if len(values) == 1:
+            changed[option] = values.pop()
+    return replace(profile, **changed)
+
+
+def _require_llms(models: Mapping[str, str] | None, llms: Sequence[str]) -> None:
+    """Raise ScepsyError where a model is given for an LLM that there is not."""
+    for llm, model in (models or {}).items():
+        if llm not in llms:
+            raise ScepsyError(f"--model {llm}={model}: there is no LLM {llm!r} here, only {', '.join(sorted(llms))}")
 
 
 def _require_profiles(llms: Sequence[str], found: Mapping[str, object], device_type: str, known: set[str]) -> None:
@@ -131,20 +178,34 @@ def _require_profiles(llms: Sequence[str], found: Mapping[str, object], device_t
         )
 
 
-def _given_profiles(profiles: ProfileSources | None, device_type: str) -> dict[str, LLMProfile]:
+def _given_profiles(
+    profiles: ProfileSources | None, llms: Sequence[str], device_types: Sequence[str]
+) -> list[tuple[str, LLMProfile]]:
+    """The profiles given, each with its LLM's name; a directory may hold profiles for anything.
+
+    Raises ScepsyError where a file that was named is for other LLMs or devices.
+    """
     if profiles is None:
-        return {}
+        return []
     if isinstance(profiles, Mapping):
-        return {llm: profile for llm, profile in profiles.items() if profile.device_type == device_type}
-    paths: list[Path] = []
+        return list(profiles.items())
+    loaded: list[LLMProfile] = []
     for item in [profiles] if isinstance(profiles, str | Path) else profiles:
         path = Path(item)
-        found = sorted(path.glob("*.y*ml")) if path.is_dir() else [path]
-        if not found:
-            raise ScepsyError(f"{path}: no profiles (*.yaml) in this directory; scepsy profile writes them")
-        paths += found
-    loaded = [load_profile(path) for path in paths]
-    return {profile.llm: profile for profile in loaded if profile.device_type == device_type}
+        if path.is_dir():
+            found = [load_profile(file) for file in sorted(path.glob("*.y*ml"))]
+            if not found:
+                raise ScepsyError(f"{path}: no profiles (*.yaml) in this directory; scepsy profile writes them")
+            loaded += found
+            continue
+        profile = load_profile(path)
+        if profile.llm not in llms or profile.device_type not in device_types:
+            raise ScepsyError(
+                f"{path}: is for {profile.llm!r} on {profile.device_type}, and needed are {', '.join(sorted(llms))} on "
+                f"{', '.join(device_types)}: correct the file's llm or device_type, or leave it out"
+            )
+        loaded.append(profile)
+    return [(profile.llm, profile) for profile in loaded]
 
 
 def provenance(profiles: Profiles, traces: Traces | None) -> dict[str, str]:

@@ -12,6 +12,7 @@ import numpy as np
 from scepsy.files import load_requirements
 from scepsy.inputs import ProfileSources, Traces, provenance, resolve_cluster, resolve_cluster_profiles
 from scepsy.traces import Tally, iter_executions
+from scepsy.traces.assemble import CACHED_CALL, FAILED_CALL, NAMELESS_CALL, STOPPED_CALL, UNENDED_CALL, fill_in
 from scepsy_optimizer.allocation import MAX_UTILISATION
 from scepsy_optimizer.cluster import Cluster
 from scepsy_optimizer.errors import ScepsyError
@@ -40,6 +41,8 @@ Rate = float | Literal["max"] | Mapping[str, float]
 
 _SEED = 0
 
+_LOST_CALLS = (FAILED_CALL, STOPPED_CALL, CACHED_CALL, UNENDED_CALL, NAMELESS_CALL)
+
 
 def aggregate(
     traces: Traces, *, rates: Mapping[str, float] | None = None, on_progress: Callable[[float], None] | None = None
@@ -49,7 +52,7 @@ def aggregate(
     With `rates`, executions per second by workflow, each workflow counts by its rate rather than by how often it was
     traced. `on_progress` is told the part of the traces that is read. Raises ScepsyError.
     """
-    return workload_of(_read(traces, on_progress), rates_rps=rates)
+    return workload_of(read_to_plan(traces, Tally(), on_progress), rates_rps=rates)
 
 
 def optimize(
@@ -145,7 +148,8 @@ def optimize_and_deploy(
 class Question:
     """What plans are asked of: `optimize`'s arguments, read and resolved.
 
-    `alone` has the workload of each workflow by itself, where several were read from traces.
+    `alone` has the workload of each workflow by itself, where several were read from traces, and `account` says what
+    was left out and mended then.
     """
 
     workload: Workload
@@ -156,6 +160,7 @@ class Question:
     max_utilisation: float = MAX_UTILISATION
     provenance: Mapping[str, str] = field(default_factory=dict)
     alone: Mapping[str, Workload] = field(default_factory=dict)
+    account: Tally | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,11 +199,12 @@ def prepare(
     rates = rate if isinstance(rate, Mapping) else None
     if rates is not None and isinstance(traces, Workload):
         raise ScepsyError("rates by workflow belong to the aggregation: give them to aggregate, and their sum here")
-    alone = {}
+    alone, account = {}, None
     if isinstance(traces, Workload):
         workload = traces
     else:
-        totals = _read(traces, on_progress)
+        account = Tally()
+        totals = read_to_plan(traces, account, on_progress)
         workload = workload_of(totals, rates_rps=rates)
         alone = _by_workflow(totals)
     found = resolve_cluster_profiles(
@@ -215,6 +221,7 @@ def prepare(
         max_utilisation=max_utilisation,
         provenance=provenance(found, None if isinstance(traces, Workload) else traces),
         alone=alone,
+        account=account,
     )
 
 
@@ -257,7 +264,11 @@ def answer(
         changes=ask_what_if(question.workload, question.profiles, plan, requirements=question.requirements, **common)
         if what_if
         else (),
-        next_devices=next_device(question.workload, question.profiles, plan, **common) if what_if else (),
+        next_devices=next_device(
+            question.workload, question.profiles, plan, requirements=question.requirements, **common
+        )
+        if what_if
+        else (),
     )
 
 
@@ -328,9 +339,46 @@ def _asking(
     )
 
 
-def _read(traces: Traces, on_progress: Callable[[float], None] | None) -> Totals:
-    paths = [traces] if isinstance(traces, str | Path) else list(traces)
-    return total(iter_executions(paths, Tally(), on_progress=on_progress))
+def read_totals(traces: Traces, tally: Tally, on_progress: Callable[[float], None] | None = None) -> Totals:
+    """What the traced executions add up to, with the mean where calls lack token counts; `tally` is complete then.
+
+    Raises ScepsyError for traces that cannot be read, and where no call of an LLM is left.
+    """
+    paths = _paths(traces)
+    totals = total(fill_in(iter_executions(paths, tally, on_progress=on_progress), tally))
+    lost = ", ".join(f"{tally.dropped[reason]:,} {reason}" for reason in _LOST_CALLS if tally.dropped[reason])
+    if lost and not totals.llms:
+        raise ScepsyError(
+            f"{', '.join(map(str, paths))}: the {totals.executions:,} executions have no LLM call that counts; left "
+            f"out: {lost}; trace executions whose calls are answered"
+        )
+    return totals
+
+
+def describe_account(tally: Tally) -> str:
+    """What was left out and mended while reading, in one line; empty where that is nothing."""
+    told = []
+    for words, reasons in (("left out", tally.dropped), ("mended", tally.repaired)):
+        found = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common() if count)
+        told += [f"{words}: {found}"] if found else []
+    return "; ".join(told)
+
+
+def read_to_plan(traces: Traces, tally: Tally, on_progress: Callable[[float], None] | None) -> Totals:
+    """The totals of traces that a plan can be made from. Raises ScepsyError where an LLM has no token counts at all."""
+    totals = read_totals(traces, tally, on_progress)
+    counted = {llm for (llm, _), counts in tally.counts.items() if counts.inputs}
+    if uncounted := [llm for llm in totals.llms if llm not in counted]:
+        raise ScepsyError(
+            f"{', '.join(map(str, _paths(traces)))}: no call of {', '.join(uncounted)} tells its token counts, which a "
+            "plan needs: trace again, and for streams ask for them with scepsy.instrument(include_usage=True) or "
+            'stream_options={"include_usage": True}'
+        )
+    return totals
+
+
+def _paths(traces: Traces) -> list[str | Path]:
+    return [traces] if isinstance(traces, str | Path) else list(traces)
 
 
 def _by_workflow(totals: Totals) -> dict[str, Workload]:

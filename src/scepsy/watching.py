@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from scepsy.deployment.state import read_order
+from scepsy.traces.assemble import fill_in
 from scepsy.traces.reading import NoExecutionError, iter_executions
 from scepsy.traces.records import Tally
 from scepsy.traces.sources import is_named_as_traces
@@ -54,7 +55,8 @@ def recent(folder: Path, *, window_s: float, now_s: float) -> Seen | None:
     executions = []
     first_s = now_s
     try:
-        for execution in iter_executions(files, Tally()):
+        tally = Tally()
+        for execution in fill_in(iter_executions(files, tally), tally):
             start_s = execution.started_ns / _NS_PER_S
             first_s = min(first_s, start_s)
             if begin_s <= start_s + execution.makespan_s <= now_s:

@@ -88,6 +88,37 @@ def test_llms_are_kept_as_they_are_in_a_plan(optimize, tmp_path):
     assert kept(load_plan(target), "writer") == kept(load_plan(old), "writer")
 
 
+def test_what_is_kept_stays_on_its_device_type_and_gets_no_next_device(optimize, tmp_path):
+    target, (code, _, _) = optimize("--rate", "1")
+    assert code == 0
+    old = tmp_path / "old.yaml"
+    target.rename(old)
+    words = ("--rate", "1", "--plan", old, "--keep", "writer")
+    target, (code, _, err) = optimize(*words, "--cluster", "4xL40S+4xH100")
+    assert (code, err) == (0, "")
+    named = [replace(one, device_type="H100") for one in kept(load_plan(old), "writer").fixed]
+    assert list(kept(load_plan(target), "writer").fixed) == named
+    _, (code, out, _) = optimize(*words, "--what-if", "--json")
+    assert code == 0
+    assert [one["llm"] for one in json.loads(out)["next_devices"]] == ["generator"]
+
+
+def test_what_was_left_out_and_mended_is_told_in_one_line(scepsy, two_workflows, tmp_path):
+    path = two_workflows / "spans.jsonl"
+    lines = path.read_text().splitlines()
+    lines[1] = lines[1].replace("gen_ai.usage.", "other.")
+    lines[2] = lines[2].replace('"parentSpanId": ""', '"parentSpanId": "00000000000000ff"')
+    path.write_text("\n".join(lines) + "\n")
+    words = ("optimize", two_workflows, "--cluster", "4xH100", "--rate", "1", "-o", tmp_path / "plan.yaml")
+    code, out, err = scepsy(*words, "--json")
+    assert code == 0
+    assert json.loads(out)["plan"]["rate_rps"] == 1
+    assert err.startswith("traces: ")
+    assert "calls that lack token counts, taken as the mean of their LLM's other calls" in err
+    assert err.count("\n") == 1
+    assert scepsy(*words)[2] == err
+
+
 def test_what_runs_stays_in_place(optimize, tmp_path):
     target, (code, _, _) = optimize("--rate", "1")
     assert code == 0

@@ -1,12 +1,15 @@
 """The main job as calls: what a program does instead of typing commands."""
 
+import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import openai
 import pytest
 
+from scepsy.cli import main
 from scepsy.files import load_requirements, save_cluster, save_profile
-from scepsy.inputs import resolve_cluster, resolve_cluster_profiles, resolve_profiles
+from scepsy.inputs import resolve_cluster, resolve_cluster_profiles, resolve_plan_profiles, resolve_profiles
 from scepsy.planning import aggregate, frontier, optimize, optimize_and_deploy
 from scepsy_optimizer.cluster import parse_cluster
 from scepsy_optimizer.errors import ScepsyError
@@ -126,3 +129,96 @@ def test_a_robust_plan_says_so(traces):
         optimize(traces, cluster="4xH100", rate=2.0, robust=0.9, max_latency_s=9, percentile=95)
     with pytest.raises(ScepsyError, match="at least 0.5 and below 1"):
         optimize(traces, cluster="4xH100", rate=2.0, robust=90)
+
+
+def test_a_named_profile_that_is_for_nothing_here_is_told(traces, tmp_path):
+    writer = resolve_profiles(["writer"], "H100")["writer"]
+    lower = tmp_path / "lower.yaml"
+    save_profile(replace(writer, device_type="h100"), lower)
+    other = tmp_path / "other.yaml"
+    save_profile(replace(writer, llm="poet"), other)
+    for path, told in ((lower, "'writer' on h100"), (other, "'poet' on H100")):
+        with pytest.raises(ScepsyError, match=rf"{path}: is for {told}, and needed are generator, writer on H100: "):
+            optimize(traces, cluster="4xH100", rate=1.0, profiles=[path])
+    # A directory may hold profiles for anything.
+    found = resolve_profiles(["writer"], "H100", profiles=tmp_path)
+    assert found == {"writer": writer}
+
+
+def test_a_model_of_no_llm_is_told(traces):
+    with pytest.raises(ScepsyError, match=r"--model nobody=Qwen/Qwen3-8B: .* only generator, writer"):
+        optimize(traces, cluster="4xH100", rate=1.0, models={"nobody": "Qwen/Qwen3-8B"})
+    plan = optimize(traces, cluster="4xH100", rate=1.0)
+    with pytest.raises(ScepsyError, match="no LLM 'nobody' here"):
+        resolve_plan_profiles(plan, models={"nobody": "Qwen/Qwen3-8B"})
+
+
+def test_profiles_of_a_plan_have_its_engine_options(traces):
+    plan = optimize(traces, cluster="4xH100", rate=1.0)
+    shipped = resolve_profiles(["writer", "generator"], "H100")
+    assert resolve_plan_profiles(plan) == shipped
+    one = replace(plan, llms=tuple(replace(part, max_num_seqs=1) for part in plan.llms))
+    assert resolve_plan_profiles(one) == {name: replace(each, max_num_seqs=1) for name, each in shipped.items()}
+    # Groups that differ: neither is all of them.
+    large = [
+        replace(part, tensor_parallel_size=4, slots=tuple(replace(slot, devices=(0, 1, 2, 3)) for slot in part.slots))
+        for part in one.llms
+    ]
+    mixed = replace(plan, llms=(*plan.llms, *large))
+    assert resolve_plan_profiles(mixed) == shipped
+
+
+def _without_counts(traces, target, lines):
+    """The traces, those lines of them without token counts."""
+    told = (traces / "spans.jsonl").read_text().splitlines()
+    for number in lines:
+        told[number] = told[number].replace("gen_ai.usage.", "other.")
+    target.write_text("\n".join(told) + "\n")
+    return target
+
+
+def test_calls_without_token_counts_are_planned_as_the_others(traces, tmp_path):
+    whole = aggregate(traces)
+    half = aggregate(_without_counts(traces, tmp_path / "half.jsonl", range(0, 20, 2)))
+    for demand, other in zip(whole.demands, half.demands, strict=True):
+        assert demand.llm == other.llm
+        assert other.input_tokens == pytest.approx(demand.input_tokens, rel=0.01)
+        assert other.output_tokens == pytest.approx(demand.output_tokens, rel=0.25)
+    none = _without_counts(traces, tmp_path / "none.jsonl", range(20))
+    with pytest.raises(ScepsyError, match=rf"{none}: no call of generator, writer tells its .*include_usage=True"):
+        aggregate(none)
+
+
+def test_traces_whose_calls_all_failed_are_told_apart(traces, tmp_path):
+    path = tmp_path / "failed.jsonl"
+    lines = [json.loads(line) for line in (traces / "spans.jsonl").read_text().splitlines()]
+    for line in lines:
+        for span in line["resourceSpans"][0]["scopeSpans"][0]["spans"][1:]:
+            span["status"] = {"code": 2}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ScepsyError, match=rf"{path}: the 20 executions have no LLM call .*: 60 calls that failed"):
+        optimize(path, cluster="4xH100", rate=1.0)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("watch", "--least", "-5"), "--least -5: give a number of executions of at least 1"),
+        (("watch", "--band", "nan"), "--band nan: give a number"),
+        (("watch", "--dead-band", "-1"), "--dead-band -1: give a number"),
+        (("deploy", "plan.yaml", "--drain=-1"), "--drain -1: give a number of seconds"),
+        (("deploy", "plan.yaml", "--drain", "nan"), "--drain nan: give a number of seconds"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(scepsy, words, told):
+    code, out, err = scepsy(*words)
+    assert (code, out) == (2, "")
+    assert told in err
+    assert err.count("\n") == 1
+
+
+def test_a_folder_that_is_not_there_yet_is_waited_for_aloud(monkeypatch, tmp_path, capsys):
+    deployment = SimpleNamespace(alive=True, directory=tmp_path)
+    monkeypatch.setattr("scepsy.deployment.find", lambda _name: deployment)
+    assert main(["watch", "--once", "--traces", str(tmp_path / "nope")]) == 0
+    assert f"{tmp_path / 'nope'}: no such folder yet: waiting for it" in capsys.readouterr().out

@@ -111,3 +111,13 @@ def test_llms_that_the_plan_does_not_serve(scepsy, two_workflows, traces, tmp_pa
     code, _, err = scepsy("replay", path, traces)
     assert code == 2
     assert "no LLM 'generator'" in err
+
+
+def test_engine_options_of_the_plan_count(scepsy, traces, plan, tmp_path):
+    words = (traces, "--json", "--executions", "60", "--runs", "1", "--rate", "4")
+    before = json.loads(scepsy("replay", plan, *words)[1])
+    one = tmp_path / "one.yaml"
+    one.write_text(re.sub(r"max_num_seqs: \d+", "max_num_seqs: 1", plan.read_text()))
+    after = json.loads(scepsy("replay", one, *words)[1])
+    assert after["replayed"]["mean_s"]["value"] > 2 * before["replayed"]["mean_s"]["value"]
+    assert after["predicted_s"] is None or after["predicted_s"] > 2 * before["predicted_s"]

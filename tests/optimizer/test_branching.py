@@ -2,6 +2,7 @@
 
 import itertools
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -95,6 +96,28 @@ def check(seed, budgets, limits, refused=0):
 @given(seed=st.integers(0, 10**6), budgets=st.integers(1, 3), limits=st.integers(0, 2), refused=st.integers(0, 10))
 def test_it_equals_exhaustive_search(seed, budgets, limits, refused):
     check(seed, budgets, limits, refused)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), limit_s=st.sampled_from([1e-300, 1e-9, 1e-5, 1e-3]))
+def test_a_limit_far_below_the_scale_is_kept_by_no_choice(seed, limit_s):
+    problem, planes = made_up(seed, budgets=2, limits=1)
+    # At least one tangent of each group has a constant far above these limits.
+    planes = [(constants + 0.1, slopes) for constants, slopes in planes]
+    limited = replace(problem, limited=np.ones_like(problem.limited), limits_s=np.array([limit_s]))
+    assert not minimise(limited, retimer(planes), gap=GAP).choices
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), limit_s=st.sampled_from([1e5, 1e16, 1e300]))
+def test_a_limit_far_above_the_scale_changes_nothing(seed, limit_s):
+    problem, planes = made_up(seed, budgets=2, limits=0)
+    free = minimise(problem, retimer(planes), gap=GAP)
+    limited = replace(problem, limited=np.ones((1, len(problem.group_weights)), bool), limits_s=np.array([limit_s]))
+    found = minimise(limited, retimer(planes), gap=GAP)
+    assert bool(found.choices) == bool(free.choices)
+    if free.choices:
+        assert found.choices[0][0] == pytest.approx(free.choices[0][0], rel=2 * GAP)
 
 
 @settings(max_examples=100, deadline=None)

@@ -7,6 +7,7 @@ from scepsy_optimizer.cluster import parse_cluster
 from scepsy_optimizer.next_device import next_device
 from scepsy_optimizer.pipeline import build_pipeline
 from scepsy_optimizer.planner import optimize, plan_choices
+from scepsy_optimizer.requirements import LLMRequirements, Requirements, kept
 from scepsy_optimizer.workload import aggregate
 
 
@@ -79,3 +80,21 @@ def test_each_device_type_is_told_for_itself(workload, profiles, make_profile):
         for group in one.groups:
             now[group.device_type] -= group.units
         assert min(now.values()) >= 0
+
+
+def test_requirements_are_respected(workload, profiles, make_profile):
+    plan = optimize(workload, profiles, parse_cluster("3xH100"), rate_rps=0.5)
+    free = {one.llm: one for one in next_device(workload, profiles, plan)}
+    assert free["b"].groups != plan_choices(plan)["b"]
+    fixed = Requirements(llms={"a": kept(plan, "a")})
+    assert [one.llm for one in next_device(workload, profiles, plan, requirements=fixed)] == ["b"]
+    now = sum(group.units for group in plan_choices(plan)["b"]) / 10
+    most = Requirements(llms={"b": LLMRequirements(max_devices=now)})
+    limited = {one.llm: one for one in next_device(workload, profiles, plan, requirements=most)}
+    assert sum(group.units for group in limited["b"].groups) <= now * 10
+    assert limited["a"] == free["a"]
+    both = {"a": (profiles["a"], replace(make_profile("a", sizes=(1,)), device_type="L40S")), "b": profiles["b"]}
+    mixed = optimize(workload, both, parse_cluster("2xH100+1xL40S"), rate_rps=0.5)
+    only = Requirements(llms={"a": LLMRequirements(only_device_types=("H100",))})
+    found = next_device(workload, both, mixed, requirements=only)
+    assert sorted((one.llm, one.device_type) for one in found) == [("a", "H100"), ("b", "H100")]

@@ -170,6 +170,20 @@ def test_an_llm_that_is_kept_stays_while_others_move(workload, profiles, plan):
         assert check_requirements(other, requirements) == []
     with pytest.raises(ScepsyError, match="no LLM 'z'"):
         kept(plan, "z")
+
+
+def test_an_llm_that_is_kept_stays_on_its_device_type(workload, profiles, plan):
+    mixed = parse_cluster("3xL40S+3xH100")
+    both = {llm: (one, replace(one, device_type="L40S")) for llm, one in profiles.items()}
+    requirements = Requirements(llms={"a": kept(plan, "a", mixed)})
+    other = optimize(workload, both, mixed, rate_rps=2.0, requirements=requirements)
+    assert {part.device_type for part in other.parts("a")} == {"H100"}
+    assert check_requirements(other, requirements) == []
+    with pytest.raises(ScepsyError, match="'a' cannot stay on H100: the new cluster has L40S, A100 only"):
+        kept(plan, "a", parse_cluster("3xL40S+3xA100"))
+    # On the plan's own cluster the type goes without saying, and may be said.
+    assert kept(plan, "a", CLUSTER) == kept(plan, "a")
+    assert check_requirements(plan, requirements) == []
     overloaded = Requirements(
         llms={"a": LLMRequirements(fixed=(Choice(tensor_parallel_size=1, fraction=Fraction(1, 2), replicas=1),))}
     )

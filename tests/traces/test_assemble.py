@@ -8,15 +8,18 @@ from scepsy.traces.assemble import (
     CIRCLE,
     FAILED_CALL,
     FAILED_ROOT,
+    FILLED_IN,
     LOST_CALL,
     NAMELESS_CALL,
     NO_ROOT,
     SKEWED,
+    UNCOUNTED,
     UNENDED,
     UNENDED_ROOT,
     assemble,
+    fill_in,
 )
-from scepsy.traces.reading import NoExecutionError
+from scepsy.traces.reading import NoExecutionError, iter_executions
 from scepsy.traces.records import LLM, STEP, TRANSPORT, SpanRecord, Tally
 from scepsy.traces.tree import DUPLICATE, ORPHAN
 
@@ -293,3 +296,45 @@ def test_nothing_of_a_trace_stays_in_memory():
     tally = Tally()
     assert assemble("t", records, name_llm=lambda model, _: model, tally=tally) is not None
     assert [sys.getrefcount(record) for record in records] == before
+
+
+@pytest.mark.parametrize("aside_bytes", [1, 1 << 20])
+def test_calls_without_counts_get_the_mean_of_the_others(otlp, tmp_path, monkeypatch, aside_bytes):
+    """Of their LLM in their role, else of their LLM; count by count, since embeddings tell no output."""
+    monkeypatch.setattr("scepsy.traces.assemble._ASIDE_BYTES", aside_bytes)
+    cached = {"gen_ai__usage__cache_read__input_tokens": 40}
+    only_input = {"gen_ai__usage__input_tokens": 7}
+
+    def trace(name, *calls):
+        made = [otlp.workflow("a", "", "w", 0, 9, trace=name)]
+        for number, (role, model, more) in enumerate(calls):
+            own = f"{name}{number}"
+            made.append(otlp.agent(f"r{own}", "a", role, number, number + 1, trace=name))
+            made.append(otlp.chat(own, f"r{own}", number, number + 1, trace=name, model=model, **more))
+        return made
+
+    path = otlp.write(
+        tmp_path / "spans.jsonl",
+        otlp.request(
+            *trace("t1", ("x", "m", {"tokens": None}), ("z", "m", {"tokens": None}), ("x", "e", {"tokens": None})),
+            *trace("t2", ("x", "m", {"tokens": (100, 10), **cached}), ("x", "m", {"tokens": (200, 21)})),
+            *trace("t3", ("y", "m", {"tokens": (900, 50)}), ("x", "e", {"tokens": None, **only_input})),
+            *trace("t4", ("y", "m", {"tokens": (-5, -1)}), ("y", "m", {"tokens": (0, 0)})),
+            *trace("t5", ("x", "m", {"tokens": None, **only_input}), ("x", "n", {"tokens": None})),
+        ),
+    )
+    tally = Tally()
+    found = {execution.id: execution for execution in fill_in(iter_executions([path], tally), tally)}
+    told = {
+        name: [(one.input_tokens, one.cached_tokens, one.output_tokens) for one in (span.call for span in each.calls)]
+        for name, each in found.items()
+    }
+    assert told == {
+        "t1": [(102, 13, 16), (302, 10, 27), (7, 0, 0)],
+        "t2": [(100, 40, 10), (200, 0, 21)],
+        "t3": [(900, 0, 50), (7, 0, 0)],
+        "t4": [(900, 0, 50), (900, 0, 50)],
+        "t5": [(7, 0, 16), (0, 0, 0)],
+    }
+    assert all(well_formed(execution) for execution in found.values())
+    assert tally.repaired == {FILLED_IN: 6, UNCOUNTED: 1}

@@ -38,8 +38,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from scepsy.files import load_plan
     from scepsy.inputs import resolve_plan_profiles
     from scepsy.report.progress import waiting
+    from scepsy_optimizer.placement import require_placed
 
     plan = load_plan(args.plan)
+    require_placed(plan)
     deployment = find(args.name)
     running = load_plan(deployment.directory / "plan.yaml")
     if args.dry_run:

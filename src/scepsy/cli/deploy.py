@@ -75,6 +75,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from scepsy.inputs import resolve_plan_profiles
     from scepsy.report.progress import waiting
 
+    if not 0 <= args.drain < float("inf"):
+        raise ScepsyError(f"--drain {args.drain:g}: give a number of seconds that is not negative")
     plan = load_plan(args.plan)
     if args.endpoint != "gateway" and args.to != "local":
         raise ScepsyError(f"--endpoint {args.endpoint} is for --to local; with --to {args.to} leave it out")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from scepsy.planning import Answer, Question
+    from scepsy_optimizer.cluster import Cluster
     from scepsy_optimizer.plan import Plan
     from scepsy_optimizer.requirements import Requirements
 
@@ -96,21 +97,25 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from rich.console import Console
 
     from scepsy.files import load_plan, save_plan
-    from scepsy.planning import answer, prepare
+    from scepsy.inputs import resolve_cluster
+    from scepsy.planning import answer, describe_account, prepare
     from scepsy.report.progress import LateProgress, waiting
 
     old = load_plan(args.plan) if args.plan else None
+    cluster = resolve_cluster(args.cluster)
     errors = Console(stderr=True)
     with LateProgress("reading traces", errors) as progress:
         question = prepare(
             args.traces,
-            cluster=args.cluster,
+            cluster=cluster,
             rate=parse_rates(args.rate) if args.rate else None,
-            requirements=_requirements(args, old),
+            requirements=_requirements(args, old, cluster),
             profiles=args.profiles,
             models=parse_models(args.model),
             on_progress=progress,
         )
+    if question.account is not None and (losses := describe_account(question.account)):
+        errors.print(f"traces: {losses}", soft_wrap=True, markup=False, highlight=False)
     if args.frontier:
         return _show_frontier(args, question, console)
     # Only a search for a limit knows how far it is.
@@ -203,7 +208,7 @@ def _show_frontier(args: argparse.Namespace, question: Question, console: Consol
     return 0
 
 
-def _requirements(args: argparse.Namespace, old: Plan | None) -> Requirements:
+def _requirements(args: argparse.Namespace, old: Plan | None, cluster: Cluster) -> Requirements:
     """The file's requirements, with those of the command line on top."""
     from scepsy.files import load_requirements
     from scepsy_optimizer.requirements import Requirements, kept
@@ -213,7 +218,7 @@ def _requirements(args: argparse.Namespace, old: Plan | None) -> Requirements:
     if args.keep:
         if old is None:
             raise ScepsyError(f"--keep {args.keep[0]}: name the plan that it is in with --plan")
-        llms |= {llm: kept(old, llm) for llm in args.keep}
+        llms |= {llm: kept(old, llm, cluster) for llm in args.keep}
     for workflow, weight in parse_numbers("--weight", args.weight).items():
         workflows[workflow] = replace(found.of_workflow(workflow), weight=weight)
     for workflow, limit_s in parse_numbers("--limit", args.limit).items():

@@ -50,11 +50,13 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from scepsy.cli.comparison import Comparison, latency_table, use_table
     from scepsy.files import load_plan
     from scepsy.inputs import resolve_plan_profiles
-    from scepsy.planning import aggregate
+    from scepsy.planning import describe_account, read_to_plan
     from scepsy.report.progress import LateProgress
+    from scepsy.traces import Tally
     from scepsy_optimizer.percentiles import predict_latencies
     from scepsy_optimizer.placement import require_placed
     from scepsy_optimizer.replications import replay_often, replay_recorded
+    from scepsy_optimizer.totals_workload import workload_of
 
     plan = load_plan(args.plan)
     require_placed(plan)
@@ -64,10 +66,16 @@ def run(args: argparse.Namespace, console: Console) -> int:
         raise ScepsyError(f"--seed {args.seed}: give a number that is not negative")
     errors = Console(stderr=True)
     with LateProgress("reading traces", errors) as progress:
-        workload = aggregate(args.traces, on_progress=progress)
-    for demand in workload.demands:
-        plan.parts(demand.llm)
+        workload = workload_of(read_to_plan(args.traces, tally := Tally(), progress))
+    if losses := describe_account(tally):
+        errors.print(f"traces: {losses}", soft_wrap=True, markup=False, highlight=False)
     llms = [demand.llm for demand in workload.demands]
+    planned = sorted({part.llm for part in plan.llms})
+    if missing := sorted(set(llms).difference(planned)):
+        raise ScepsyError(
+            f"{args.plan}: no LLM {', '.join(map(repr, missing))}, which the traces call; it has {', '.join(planned)}: "
+            "plan for these traces with scepsy optimize"
+        )
     profiles = resolve_plan_profiles(plan, llms, profiles=args.profiles, models=parse_models(args.model))
     predicted = predict_latencies(plan, workload, profiles, rate_rps=rate_rps)
     runs = 5 if args.runs is None else args.runs
@@ -99,9 +107,12 @@ def _recorded(args: argparse.Namespace) -> list[Execution]:
     drawn = {"--runs": args.runs, "--seed": args.seed, "--executions": args.executions}
     if given := [option for option, value in drawn.items() if value is not None]:
         raise ScepsyError(f"--recorded replays every execution once, as it was traced: leave out {', '.join(given)}")
-    from scepsy.traces import read_executions
+    from scepsy.traces import Tally, iter_executions
+    from scepsy.traces.assemble import fill_in
 
-    return [execution for execution in read_executions(args.traces).executions if execution.calls]
+    tally = Tally()
+    found = [execution for execution in fill_in(iter_executions(args.traces, tally), tally) if execution.calls]
+    return sorted(found, key=lambda execution: (execution.started_ns, execution.id))
 
 
 def _rate_rps(args: argparse.Namespace, plan: Plan, recorded: Sequence[Execution]) -> float:

@@ -30,16 +30,16 @@ def run(args: argparse.Namespace, console: Console) -> int:
     """Read, aggregate, show."""
     from rich.console import Console
 
+    from scepsy.planning import read_totals
     from scepsy.report.progress import LateProgress
     from scepsy.report.summary import summarise
     from scepsy.report.terminal import print_report
-    from scepsy.traces import Tally, iter_executions
-    from scepsy_optimizer.totals import total
+    from scepsy.traces import Tally
     from scepsy_optimizer.totals_workload import workload_of
 
     tally = Tally()
     with LateProgress("reading traces", Console(stderr=True)) as progress:
-        totals = total(iter_executions(args.traces, tally, on_progress=progress))
+        totals = read_totals(args.traces, tally, progress)
     workload = workload_of(totals)
     if args.html:
         from scepsy.report.page import write_page

@@ -71,6 +71,11 @@ def run(args: argparse.Namespace, console: Console) -> int:
     for name, value in (("--every", args.every), ("--window", args.window)):
         if not 0 < value < float("inf"):
             raise ScepsyError(f"{name} {value:g}: give a number of seconds above 0")
+    for name, value in (("--band", args.band), ("--dead-band", args.dead_band)):
+        if not 0 <= value < float("inf"):
+            raise ScepsyError(f"{name} {value:g}: give a number that is not negative, such as 0.2 for a fifth")
+    if args.least < 1:
+        raise ScepsyError(f"--least {args.least}: give a number of executions of at least 1")
     try:
         return _watch(args, console)
     except KeyboardInterrupt:
@@ -95,7 +100,10 @@ def _watch(args: argparse.Namespace, console: Console) -> int:
         seen = recent(folder, window_s=window_s, now_s=time.time())
         if seen is None or seen.workload.executions < args.least:
             count = 0 if seen is None else seen.workload.executions
-            _say(console, f"{count} executions in the last {window_s:.0f} s: waiting for {args.least}")
+            if folder.exists():
+                _say(console, f"{count} executions in the last {window_s:.0f} s: waiting for {args.least}")
+            else:
+                _say(console, f"{folder}: no such folder yet: waiting for it, and for {args.least} executions in it")
             proposed = False
         else:
             try:

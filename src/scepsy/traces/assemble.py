@@ -6,7 +6,9 @@ client's), and the request or engine span below one is detail; both lend what th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import replace as replace_fields
 from typing import Final
 
 import msgspec
@@ -24,11 +26,12 @@ from scepsy.traces.records import (
     STEP,
     TRANSPORT,
     WORKFLOW,
+    Counts,
     SpanRecord,
     Tally,
 )
 from scepsy.traces.tree import Node, let_go, link, make_nodes, preorder, reunite_streams
-from scepsy_optimizer.executions import Execution, Span
+from scepsy_optimizer.executions import Call, Execution, Span
 
 NO_ROOT: Final = "executions without their root span (still running, cut off, or sampled out)"
 UNENDED_ROOT: Final = "executions whose root span has no end"
@@ -48,6 +51,7 @@ BACKWARDS: Final = "spans that ended before they started, taken as instants"
 UNENDED: Final = "steps without an end, ended with their parent"
 SKEWED: Final = "spans moved into their parent on another host, whose clock differs"
 UNCOUNTED: Final = "calls without token counts"
+FILLED_IN: Final = "calls that lack token counts, taken as the mean of their LLM's other calls"
 RETRIED: Final = "calls that begin with their last attempt (the failed ones and the waiting stay, as a gap)"
 
 _STATUS_OF_CALL = {FAILED: FAILED_CALL, INTERRUPTED: STOPPED_CALL, FROM_CACHE: CACHED_CALL}
@@ -80,6 +84,12 @@ class _SpanRow(msgspec.Struct, gc=False):
 
 _SPANS = tuple[Span, ...]
 
+# Below this, what is set aside stays in memory.
+_ASIDE_BYTES = 1 << 24
+_SIZE_BYTES = 8
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(tuple[Execution, dict[str, tuple[bool, bool]]])
+
 
 def assemble(
     trace: str,
@@ -99,6 +109,57 @@ def assemble(
         return _assembled(trace, nodes, name_llm, tally, copies)
     finally:
         let_go(nodes.values())
+
+
+def fill_in(executions: Iterable[Execution], tally: Tally) -> Iterator[Execution]:
+    """The executions that `tally` counts as they are assembled, with the mean where a call lacks a token count.
+
+    The mean is of the same LLM's calls that tell it, of those in the same role where there are any; what no call of the
+    LLM tells stays 0. Executions that lack a count wait for the others, in a file where they are many, and come last.
+    """
+    with tempfile.SpooledTemporaryFile(_ASIDE_BYTES, prefix="scepsy-uncounted-") as aside:
+        for execution in executions:
+            if tally.missing:
+                content = _encoder.encode((execution, tally.missing))
+                aside.write(len(content).to_bytes(_SIZE_BYTES))
+                aside.write(content)
+            else:
+                yield execution
+        by_llm: dict[str, Counts] = {}
+        for (llm, _), counts in tally.counts.items():
+            by_llm.setdefault(llm, Counts()).add(counts)
+        aside.seek(0)
+        while size := aside.read(_SIZE_BYTES):
+            execution, missing = _decoder.decode(aside.read(int.from_bytes(size)))
+            spans = tuple(
+                replace_fields(span, call=_filled_in(span.call, missing[span.id], by_llm[span.call.llm], tally))
+                if span.call is not None and span.id in missing
+                else span
+                for span in execution.spans
+            )
+            yield replace_fields(execution, spans=spans)
+
+
+def _filled_in(call: Call, missing: tuple[bool, bool], of_llm: Counts, tally: Tally) -> Call:
+    of_role = tally.counts[call.llm, call.role]
+    before = call
+    lacks_input, lacks_output = missing
+    if lacks_input and of_llm.inputs:
+        told = of_role if of_role.inputs else of_llm
+        call = replace_fields(
+            call,
+            input_tokens=round(told.input_tokens / told.inputs),
+            cached_tokens=round(told.cached_tokens / told.inputs),
+        )
+        tally.repaired[UNCOUNTED] -= 1
+        if not tally.repaired[UNCOUNTED]:
+            del tally.repaired[UNCOUNTED]
+    if lacks_output and of_llm.outputs:
+        told = of_role if of_role.outputs else of_llm
+        call = replace_fields(call, output_tokens=round(told.output_tokens / told.outputs))
+    if call is not before:
+        tally.repaired[FILLED_IN] += 1
+    return call
 
 
 def _assembled(
@@ -238,6 +299,8 @@ def _execution(
     start_ns = min(root.start_ns for root in roots)
     rows: list[_SpanRow] = []
     above = None
+    if tally.missing:
+        tally.missing = {}
     if len(tops) != 1 or tops[0].call:
         end_ns = max(root.end_ns for root in roots)
         above = "root" if all(node.record.id != "root" for node in order) else f"root of {trace}"
@@ -306,23 +369,38 @@ def _call(node: Node, name_llm: Callable[[str, str], str], tally: Tally) -> _Cal
     if not record.model:
         tally.dropped[NAMELESS_CALL] += 1
         return None
-    if record.input_tokens is None:
-        tally.repaired[UNCOUNTED] += 1
     if node.record.flaw:
         tally.repaired[node.record.flaw] += 1
     if record.lost_s:
         tally.repaired[RETRIED] += 1
         node.start_ns = min(node.start_ns + int(record.lost_s * 1e9), node.end_ns)
-    input_tokens, cached_tokens = record.input_tokens or 0, record.cached_tokens
-    return _CallRow(
-        name_llm(record.model, record.endpoint),
-        record.role or _role(node),
-        input_tokens,
-        record.output_tokens or 0,
-        min(cached_tokens, input_tokens) if cached_tokens else 0,
-        record.time_to_first_token_s,
-        record.queue_s,
-    )
+    llm, role = name_llm(record.model, record.endpoint), record.role or _role(node)
+    input_tokens, cached_tokens, output_tokens = _counted(node.record.id, llm, role, record, tally)
+    return _CallRow(llm, role, input_tokens, output_tokens, cached_tokens, record.time_to_first_token_s, record.queue_s)
+
+
+def _counted(span: str, llm: str, role: str, record: SpanRecord, tally: Tally) -> tuple[int, int, int]:
+    """The tokens of a call's input, those of it that were cached, and of its output: 0 where they are not told."""
+    input_tokens, output_tokens = record.input_tokens or 0, record.output_tokens
+    cached_tokens = min(record.cached_tokens or 0, input_tokens)
+    counts = tally.counts.get((llm, role))
+    if counts is None:
+        counts = tally.counts[llm, role] = Counts()
+    # No engine is asked for nothing: an input of 0 tokens is how some say that they do not know.
+    if input_tokens:
+        counts.inputs += 1
+        counts.input_tokens += input_tokens
+        counts.cached_tokens += cached_tokens
+    else:
+        tally.repaired[UNCOUNTED] += 1
+    if output_tokens is not None and (input_tokens or output_tokens):
+        counts.outputs += 1
+        counts.output_tokens += output_tokens
+    else:
+        output_tokens = None
+    if not input_tokens or output_tokens is None:
+        tally.missing[span] = (not input_tokens, output_tokens is None)
+    return input_tokens, cached_tokens, output_tokens or 0
 
 
 def _completed(record: SpanRecord, other: SpanRecord) -> SpanRecord:

@@ -114,13 +114,41 @@ def process_of(resource: Mapping[str, Any]) -> str:
 
 
 @dataclass(slots=True, kw_only=True)
+class Counts:
+    """The token counts that calls tell, added up: `inputs` of them tell those of their input, `outputs` of the output.
+
+    Cached tokens are those of the calls that tell their input.
+    """
+
+    inputs: int = 0
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    outputs: int = 0
+    output_tokens: int = 0
+
+    def add(self, other: Counts) -> None:
+        """Add other calls' counts to these."""
+        self.inputs += other.inputs
+        self.input_tokens += other.input_tokens
+        self.cached_tokens += other.cached_tokens
+        self.outputs += other.outputs
+        self.output_tokens += other.output_tokens
+
+
+@dataclass(slots=True, kw_only=True)
 class Tally:
-    """What was met while reading, counted as it goes: what was left out, and what was mended, each by its reason."""
+    """What was met while reading, counted as it goes: what was left out, and what was mended, each by its reason.
+
+    `counts` are those of the calls by LLM and role. `missing` is about the execution that was assembled last: by the
+    ids of spans, of the calls that lack a count, whether that is the input's and whether it is the output's.
+    """
 
     files: int = 0
     spans: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     repaired: Counter[str] = field(default_factory=Counter)
+    counts: dict[tuple[str, str], Counts] = field(default_factory=dict)
+    missing: dict[str, tuple[bool, bool]] = field(default_factory=dict)
 
     def drop(self, reason: str, count: int = 1) -> None:
         """Count what was left out."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from scepsy_optimizer.errors import ScepsyError
+from scepsy_optimizer.placement import require_placed
 
 if TYPE_CHECKING:
     from scepsy_optimizer.plan import Plan
@@ -76,8 +77,7 @@ def check_plan(plan: Plan, options: KubernetesOptions) -> None:
     """Raise ScepsyError for what cannot be put on Kubernetes in any mode."""
     if not options.image:
         raise ScepsyError("a plan on Kubernetes needs an image with vLLM and scepsy (--image)")
-    if not plan.llms:
-        raise ScepsyError("the plan has no LLMs to deploy")
+    require_placed(plan)
     for node in plan.cluster.nodes:
         if node.device_type == "CPU":
             raise ScepsyError(f"node {node.name!r} has no GPUs: on Kubernetes plans for GPUs are deployed")

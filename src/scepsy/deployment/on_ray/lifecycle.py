@@ -94,8 +94,6 @@ def deploy_on_ray(
     the head node, at `port` or a free one. The deployment outlives this process; end it with `stop`. Raises ScepsyError
     with what is missing where the cluster has no room, or a replica does not start; nothing is then left.
     """
-    if not plan.llms:
-        raise ScepsyError("the plan has no LLMs to deploy")
     told = on_event or (lambda _event: None)
     ray = connect(address)
     from scepsy.deployment.on_ray.actors import Head  # what runs on Ray needs an extra; asking does not
