@@ -15,7 +15,7 @@ from scepsy_optimizer.workload import Workload
 
 _ABOVE_ALL_OTHERS = 1e4
 _PRECISION = 1e-3
-_NO_LOAD_RPS = 1e-6
+NO_LOAD_RPS = 1e-6
 """A rate up to which no call waits for another: what is out of reach there is so at any rate."""
 
 
@@ -61,7 +61,7 @@ def explain_no_plan(
         )
     limits = requirements.latency_limits_s
     at, remedy = f"at {rate_rps:g} executions/s {where}", "ask for a lower rate, or add devices"
-    if rate_rps <= _NO_LOAD_RPS:
+    if rate_rps <= NO_LOAD_RPS:
         at, remedy = f"{where}, even without load", "or use faster devices or smaller models"
     for workflow, limit_s in limits.items():
         found = least(_favouring(requirements, workflow))

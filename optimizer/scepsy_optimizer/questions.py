@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from scepsy_optimizer.allocation import MAX_UTILISATION, UNITS_PER_DEVICE
 from scepsy_optimizer.cluster import Cluster
 from scepsy_optimizer.errors import ScepsyError
-from scepsy_optimizer.infeasible import explain_no_plan
+from scepsy_optimizer.infeasible import NO_LOAD_RPS, explain_no_plan
 from scepsy_optimizer.judging import MAX_REPLAYED, least_replayed, with_replay
 from scepsy_optimizer.plan import Plan
 from scepsy_optimizer.planner import check_profiles, find_plans, optimize
@@ -25,7 +25,6 @@ from scepsy_optimizer.workload import Workload
 PERCENTILES = (50, 95, 99)
 """The percentiles that a replay tells and a limit may be on."""
 
-_LOWEST_RATE_RPS = 1e-6
 _MEAN_PRECISION = 1e-3
 _REPLAY_PRECISION = 1e-2
 _TRIED = 3
@@ -56,7 +55,7 @@ def optimize_rate(
         workload, profiles, cluster, latency_s, percentile, max_utilisation, requirements, provenance, replay_seed
     )
     high, _ = highest_rate(workload, profiles, cluster, max_utilisation=max_utilisation, requirements=requirements)
-    low = _LOWEST_RATE_RPS
+    low = NO_LOAD_RPS
     plans = asked.plans(low, most=1 if percentile is None else _TRIED)
     if not plans:
         raise ScepsyError(

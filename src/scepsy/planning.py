@@ -17,6 +17,7 @@ from scepsy_optimizer.allocation import MAX_UTILISATION
 from scepsy_optimizer.cluster import Cluster
 from scepsy_optimizer.errors import ScepsyError
 from scepsy_optimizer.frontier import FrontierPoint, find_frontier
+from scepsy_optimizer.infeasible import NO_LOAD_RPS, explain_no_plan
 from scepsy_optimizer.judging import with_replay
 from scepsy_optimizer.next_device import NextDevice, next_device
 from scepsy_optimizer.plan import Plan
@@ -275,8 +276,8 @@ def answer(
 def trace_frontier(
     question: Question, on_progress: Callable[[int, int], None] | None = None
 ) -> tuple[FrontierPoint, ...]:
-    """The frontier of a question's workload and cluster; its rate does not matter. Raises ScepsyError."""
-    return find_frontier(
+    """The frontier of a question's workload and cluster; its rate does not matter. ScepsyError if empty."""
+    points = find_frontier(
         question.workload,
         question.profiles,
         question.cluster,
@@ -284,6 +285,18 @@ def trace_frontier(
         requirements=question.requirements,
         on_progress=on_progress,
     )
+    if not points:
+        raise ScepsyError(
+            explain_no_plan(
+                question.workload,
+                question.profiles,
+                question.cluster,
+                rate_rps=NO_LOAD_RPS,
+                max_utilisation=question.max_utilisation,
+                requirements=question.requirements,
+            )
+        )
+    return points
 
 
 def explore(

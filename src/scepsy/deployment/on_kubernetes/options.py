@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from scepsy_optimizer.errors import ScepsyError
-from scepsy_optimizer.placement import require_placed
 
 if TYPE_CHECKING:
     from scepsy_optimizer.plan import Plan
@@ -77,6 +76,8 @@ def check_plan(plan: Plan, options: KubernetesOptions) -> None:
     """Raise ScepsyError for what cannot be put on Kubernetes in any mode."""
     if not options.image:
         raise ScepsyError("a plan on Kubernetes needs an image with vLLM and scepsy (--image)")
+    from scepsy_optimizer.placement import require_placed  # here, for the command line reads this file for its help
+
     require_placed(plan)
     for node in plan.cluster.nodes:
         if node.device_type == "CPU":
