@@ -277,8 +277,6 @@ def test_a_configuration_that_is_none(tmp_path):
 
 
 def test_a_plan_that_gives_a_device_out_twice_is_refused(make_plan, options):
-    plan = make_plan()
-    twice = replace(plan.llms[0], slots=(plan.llms[0].slots[0],) * plan.llms[0].replicas)
-    others = [replace(one, slots=(twice.slots[0],) * one.replicas) for one in plan.llms[1:]]
-    with pytest.raises(ScepsyError, match="correct its slots, or plan anew"):
-        render(replace(plan, llms=(twice, *others)), options(sharing="hami"))
+    plan = make_plan(make_plan.part("writer", ("gpu-a", (2,)), ("gpu-a", (2,))))
+    with pytest.raises(ScepsyError, match="device 2 of 'gpu-a' is given out 2 times, to 'writer'"):
+        render(plan, options(sharing="hami"))
