@@ -1,7 +1,9 @@
 import asyncio
+import gc
 import pickle
 import sys
 import threading
+import weakref
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 
@@ -92,6 +94,31 @@ def test_the_opt_in_patch_carries_context_into_every_thread_and_is_undone(record
     scepsy.uninstrument()
     assert threading.Thread.start is start
     assert ThreadPoolExecutor.submit is submit
+
+
+def test_the_patch_keeps_nothing_that_a_thread_has_worked_on(recorded):
+    scepsy.instrument(threads=True)
+
+    class Data: ...
+
+    class Custom(threading.Thread):
+        def __init__(self):
+            super().__init__()
+            self.data = Data()
+
+        def run(self):
+            work()
+
+    gc.disable()
+    try:
+        thread = Custom()
+        left = weakref.ref(thread.data)
+        thread.start()
+        thread.join()
+        del thread
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 def test_without_any_of_them_a_thread_is_a_trace_of_its_own(recorded):

@@ -248,6 +248,54 @@ def test_children_of_multiprocessing_lose_nothing_at_their_exit(tmp_path, method
     assert len(spans(tmp_path)) == 3
 
 
+@pytest.mark.parametrize("pool", ["concurrent.futures.ProcessPoolExecutor(1)", "multiprocessing.Pool(1)"])
+def test_a_forked_pool_does_not_stay_in_its_first_workflow(tmp_path, pool):
+    """What is given to it in a context of its own belongs there; one process for one task keeps that of its start."""
+    done = run(
+        f"""
+        import concurrent.futures, multiprocessing
+        import scepsy
+        multiprocessing.set_start_method("fork")
+        scepsy.instrument()
+        @scepsy.agent
+        def pooled(): ...
+        @scepsy.agent
+        def carried(): ...
+        @scepsy.agent
+        def started(): ...
+        def submit(pool, function):
+            if hasattr(pool, "submit"):
+                pool.submit(function).result()
+            else:
+                pool.apply(function)
+        @scepsy.workflow
+        def first(pool):
+            submit(pool, pooled)
+        @scepsy.workflow
+        def second(pool):
+            submit(pool, pooled)
+            submit(pool, scepsy.propagate(carried))
+            process = multiprocessing.Process(target=started)
+            process.start()
+            process.join()
+        with {pool} as pool:
+            first(pool)
+            second(pool)
+            getattr(pool, "close", lambda: None)()
+            getattr(pool, "join", lambda: None)()
+        """,
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    found = {}
+    for span in spans(tmp_path):
+        found.setdefault(span["name"].rpartition(" ")[2], []).append(span)
+    assert [span.get("parentSpanId") for span in found["pooled"]][-1:] == [None]
+    (second,) = found["second"]
+    for name in ("carried", "started"):
+        assert [span["parentSpanId"] for span in found[name]] == [second["spanId"]]
+
+
 def test_workers_of_celerys_pools_lose_nothing_at_their_exit(tmp_path):
     done = run(
         """

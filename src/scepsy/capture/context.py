@@ -76,13 +76,24 @@ _thread_start: Final = threading.Thread.start
 _pool_submit: Final = ThreadPoolExecutor.submit
 
 
+def _carried(thread: threading.Thread, context: contextvars.Context) -> Callable[[], None]:
+    run = thread.run
+
+    def carried() -> None:
+        # The thread holds this and this the thread: what it has worked on would wait for the garbage collector.
+        vars(thread).pop("run", None)
+        context.run(run)
+
+    return carried
+
+
 def patch_threads() -> None:
     """Let every new thread and every task of every thread pool start in a copy of the context that started it."""
 
     def start(self: threading.Thread) -> None:
         if not isinstance(getattr(self.run, "__self__", None), contextvars.Context):
             try:
-                self.run = functools.partial(contextvars.copy_context().run, self.run)  # type: ignore[method-assign]
+                self.run = _carried(self, contextvars.copy_context())  # type: ignore[method-assign]
             except Exception as error:  # noqa: BLE001 - the thread must start all the same
                 tell("threading.Thread.start", error)
         _thread_start(self)

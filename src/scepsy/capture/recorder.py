@@ -8,6 +8,7 @@ all of them are its ancestors.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from typing import Any, Final
@@ -244,5 +245,25 @@ def muted() -> bool:
 recorder: Final = Recorder()
 """The process's own recorder."""
 
+_POOLS: Final = frozenset({"concurrent.futures.process", "multiprocessing.pool"})
+
+
+def _after_fork_in_child() -> None:
+    recorder.forget()
+    # What kind of process this is multiprocessing knows only a moment later.
+    processes = sys.modules.get("multiprocessing.util")
+    if processes is not None:
+        processes.register_after_fork(recorder, _leave_workflow_of_pool)
+
+
+def _leave_workflow_of_pool(_recorder: Recorder) -> None:
+    """A pool's worker serves all who come, not only the workflow for which the pool was first used."""
+    from multiprocessing import current_process
+
+    target = getattr(current_process(), "_target", None)
+    if getattr(target, "__module__", "") in _POOLS:
+        context_api.attach(Context())
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=recorder.forget)
+    os.register_at_fork(after_in_child=_after_fork_in_child)
