@@ -5,6 +5,7 @@ A file that does not fit is one ScepsyError that names the file, the place in it
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -65,6 +66,19 @@ def load_plan(path: str | Path) -> Plan:
 def save_plan(plan: Plan, path: str | Path) -> None:
     """Write a plan file."""
     _save(Path(path), PLAN_FORMAT, TypeAdapter(Plan), plan)
+
+
+def require_writable(path: str | Path) -> None:
+    """Raise ScepsyError where a file cannot be written: better told before what takes long than after it."""
+    target = Path(path)
+    if target.is_dir():
+        raise ScepsyError(f"{path}: cannot be written: it is a directory; name a file")
+    # Directories that are not there yet are made.
+    there = next(one for one in (target, *target.absolute().parents) if one.exists())
+    if there != target and not there.is_dir():
+        raise ScepsyError(f"{path}: cannot be written: {there} is no directory")
+    if not os.access(there, os.W_OK):
+        raise ScepsyError(f"{path}: cannot be written: permission denied for {there}")
 
 
 def plan_text(plan: Plan) -> str:

@@ -171,6 +171,8 @@ def test_requirements_come_from_a_file(optimize, tmp_path):
     ("words", "told"),
     [
         (["--frontier", "--rate", "1"], "leave out --rate"),
+        (["--rate", "1", "--html", f"{__file__}/page.html"], "test_optimize.py is no directory"),
+        (["--rate", "1", "--html", "/"], "/: cannot be written: it is a directory; name a file"),
         (["--frontier", "--limit", "essay=0.1"], "0.1 s of workflow 'essay' is out of reach on 4 H100, even without"),
         (["--rate", "1", "--keep", "writer"], "name the plan that it is in with --plan"),
         (["--rate", "1", "--plan", "old.yaml"], "old.yaml: no such file; expected a plan file"),

@@ -26,8 +26,11 @@ def test_the_page_holds_the_summary_and_nothing_of_the_network(summary):
 
 
 def test_a_page_that_cannot_be_written_is_one_clear_error(summary, tmp_path):
+    (tmp_path / "file").touch()
     with pytest.raises(ScepsyError, match="cannot be written"):
-        write_page(summary, tmp_path / "no" / "such" / "page.html")
+        write_page(summary, tmp_path / "file" / "page.html")
+    write_page(summary, tmp_path / "made" / "for it" / "page.html")
+    assert (tmp_path / "made" / "for it" / "page.html").exists()
 
 
 @pytest.mark.browser

@@ -96,11 +96,14 @@ def run(args: argparse.Namespace, console: Console) -> int:
     """Plan, write, show."""
     from rich.console import Console
 
-    from scepsy.files import load_plan, save_plan
+    from scepsy.files import load_plan, require_writable, save_plan
     from scepsy.inputs import resolve_cluster
     from scepsy.planning import answer, describe_account, prepare
     from scepsy.report.progress import LateProgress, waiting
 
+    for target in (args.output, args.html):
+        if target:
+            require_writable(target)
     old = load_plan(args.plan) if args.plan else None
     cluster = resolve_cluster(args.cluster)
     errors = Console(stderr=True)

@@ -31,8 +31,9 @@ def fill_template(name: str, data: Mapping[str, Any]) -> str:
 
 
 def write_text(text: str, path: str | Path) -> None:
-    """Write a page's text. Raises ScepsyError."""
+    """Write a page's text, into a directory that is made if it is not there. Raises ScepsyError."""
     try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
         raise ScepsyError(f"{path}: cannot be written: {error.strerror}") from error
