@@ -104,23 +104,33 @@ class _Waiting(SpanProcessor):
             self.go_on.wait(20)
 
 
-def test_what_a_processor_waits_for_may_be_captured(recorded):
-    """A processor of the program waits for a thread of it, which starts something else; or for a branch of the same."""
+def being_identified(recorded):
+    """A recorder, a step whose span another thread is starting, and what lets that thread go on."""
     waiting = _Waiting()
     recorded.provider.add_span_processor(waiting)
     recorder = Recorder(recorded.provider)
     step = recorder.start("step", "slow")
     thread = threading.Thread(target=step.identify)
     thread.start()
-    waiting.reached.wait(10)
+    assert waiting.reached.wait(10)
+
+    def go_on():
+        waiting.go_on.set()
+        thread.join()
+
+    return recorder, step, go_on
+
+
+def test_what_a_processor_waits_for_may_be_captured(recorded):
+    """A processor of the program waits for a thread of it, which starts something else; or for a branch of the same."""
+    recorder, step, go_on = being_identified(recorded)
     begun_s = time.monotonic()
     other = recorder.start("step", "other")
     other.end()
     assert time.monotonic() - begun_s < 0.5
     recorder.start("step", "branch", parent=step).end()
     assert time.monotonic() - begun_s < 10
-    waiting.go_on.set()
-    thread.join()
+    go_on()
     step.end()
     assert {"other", "branch", "slow"} <= {span.name for span in recorded.spans}
 
@@ -128,20 +138,13 @@ def test_what_a_processor_waits_for_may_be_captured(recorded):
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_fork_while_another_thread_is_at_it_can_go_on(recorded):
     """The thread that holds the lock is not there in the child."""
-    waiting = _Waiting()
-    recorded.provider.add_span_processor(waiting)
-    recorder = Recorder(recorded.provider)
-    step = recorder.start("step", "above")
-    thread = threading.Thread(target=step.identify)
-    thread.start()
-    waiting.reached.wait(10)
+    recorder, step, go_on = being_identified(recorded)
     child = os.fork()
     if child == 0:
         begun_s = time.monotonic()
         recorder.start("step", "in the child", parent=step).end()
         os._exit(int(time.monotonic() - begun_s > 0.5))
-    waiting.go_on.set()
-    thread.join()
+    go_on()
     step.end()
     deadline_s = time.monotonic() + 20
     while (found := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline_s:

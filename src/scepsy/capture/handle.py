@@ -212,6 +212,11 @@ class Handle:
         """`context`, with this handle and its span as the current ones."""
         return Context({**context, HANDLE_KEY: self, SPAN_KEY: self.span})
 
+    @property
+    def _is_traced(self) -> bool:
+        """Whether a tracer has started its span; else it goes to the recorder's sink."""
+        return self._span is not None and not isinstance(self._span, _Identified)
+
     def is_span(self, span: Span) -> bool:
         """Whether `span` is this handle's."""
         return span is self._span
@@ -266,7 +271,7 @@ class Handle:
             attributes[semconv.REQUEST_STREAM] = True
         self.end_ns = now_ns() if end_ns is None else max(end_ns, self.start_ns)
         self.identify()
-        if self._span is None or isinstance(self._span, _Identified):
+        if not self._is_traced or self._span is None:
             self.recorder.sink(self)
         else:  # a span stays with the tracer that has started it, wherever the next ones go
             given = self._given
@@ -281,7 +286,7 @@ class Handle:
         """The W3C headers that make a server's spans children of this one."""
         # What OpenTelemetry's propagator writes, without the two contexts that it would be given to read it from.
         self.identify()
-        if self._span is None or isinstance(self._span, _Identified):
+        if not self._is_traced:
             return {"traceparent": f"00-{self.trace_id:032x}-{self.span_id:016x}-01"}
         identity = self.span.get_span_context()
         if not identity.is_valid:

@@ -81,65 +81,49 @@ def instrument(
     Raises ScepsyError if the directory cannot be written or the client is of no supported kind.
     """
     with _turning:
-        _instrument(client, directory, provider, threads, record_content, redact, include_usage)
-
-
-def _instrument(
-    client: object | None,
-    directory: str | os.PathLike[str] | None,
-    provider: TracerProvider | None,
-    threads: bool,  # noqa: FBT001 - as in `instrument`
-    record_content: bool | None,  # noqa: FBT001 - likewise
-    redact: Redact | None,
-    include_usage: bool | None,  # noqa: FBT001 - likewise
-) -> None:
-    if directory is not None or provider is not None or not _state.destination_chosen:
-        _choose_destination(None if directory is None else Path(directory), provider)
-    if record_content is not None:
-        settings.record_content = record_content
-    if redact is not None:
-        settings.redact = redact
-    if include_usage is not None:
-        settings.include_usage = include_usage
-    if threads and not _state.threads:
-        patch_threads()
-        _state.threads = True
-    if client is not None:
-        _instrument_client(client)
-        return
-    if _state.instrumentors:
-        return
-    for point in _hooks():
-        try:
-            hook: Instrumentor = point.load()()
-            hook.instrument()
-        except Exception as error:  # noqa: BLE001 - a framework that cannot be hooked must not stop the program
-            tell(f"the hook {point.name}", error)
-        else:
-            _state.instrumentors.append(hook)
+        if directory is not None or provider is not None or not _state.destination_chosen:
+            _choose_destination(None if directory is None else Path(directory), provider)
+        if record_content is not None:
+            settings.record_content = record_content
+        if redact is not None:
+            settings.redact = redact
+        if include_usage is not None:
+            settings.include_usage = include_usage
+        if threads and not _state.threads:
+            patch_threads()
+            _state.threads = True
+        if client is not None:
+            _instrument_client(client)
+            return
+        if _state.instrumentors:
+            return
+        for point in _hooks():
+            try:
+                hook: Instrumentor = point.load()()
+                hook.instrument()
+            except Exception as error:  # noqa: BLE001 - a framework that cannot be hooked must not stop the program
+                tell(f"the hook {point.name}", error)
+            else:
+                _state.instrumentors.append(hook)
 
 
 def uninstrument() -> None:
     """Turn every hook off, restore what they changed, and write the spans that wait."""
     with _turning:
-        _uninstrument()
-
-
-def _uninstrument() -> None:
-    for hook in _state.instrumentors:
-        try:
-            hook.uninstrument()
-        except Exception as error:  # noqa: BLE001 - the others are still to be undone
-            tell(f"undoing {type(hook).__module__}", error)
-    for undo in list(_state.undo_clients.values()):
-        undo()
-    _state.instrumentors.clear()
-    _state.undo_clients.clear()
-    if _state.threads:
-        restore_threads()
-        _state.threads = False
-    settings.reset()
-    _leave_destination()
+        for hook in _state.instrumentors:
+            try:
+                hook.uninstrument()
+            except Exception as error:  # noqa: BLE001 - the others are still to be undone
+                tell(f"undoing {type(hook).__module__}", error)
+        for undo in list(_state.undo_clients.values()):
+            undo()
+        _state.instrumentors.clear()
+        _state.undo_clients.clear()
+        if _state.threads:
+            restore_threads()
+            _state.threads = False
+        settings.reset()
+        _leave_destination()
 
 
 def flush() -> None:
